@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"onbeat: unknown command '{arguments[0]}'\n{usage()}", file=sys.stderr)
         return 2
-    return _entry(command)(arguments[1:])
+    return _run(command, arguments[1:])
 
 
 def usage() -> str:
@@ -48,15 +48,22 @@ def usage() -> str:
     return f"usage: onbeat COMMAND [options]   (onbeat COMMAND --help)\n\n{rows}\n  --version"
 
 
-def _entry(command: Command):
+def _run(command: Command, arguments: Sequence[str]) -> int:
+    """Import the command's area and call it; a user's error becomes its text and exit code 1."""
     module_name, function_name = command.entry.split(":")
     try:
-        module = importlib.import_module(module_name)
+        from onbeat.embodiment.errors import OnbeatError
+
+        entry = getattr(importlib.import_module(module_name), function_name)
     except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.startswith("onbeat"):
-            raise
-        return lambda _: _report_missing(command.name, missing.name)
-    return getattr(module, function_name)
+        return _report_missing(command.name, missing)
+    try:
+        return entry(arguments)
+    except OnbeatError as error:
+        print(f"onbeat {command.name}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as missing:
+        return _report_missing(command.name, missing)
 
 
 EXTRA_OF_PACKAGE = {
@@ -71,8 +78,12 @@ EXTRA_OF_PACKAGE = {
 }
 
 
-def _report_missing(command: str, package: str | None) -> int:
-    extra = EXTRA_OF_PACKAGE.get(package or "")
+def _report_missing(command: str, missing: ModuleNotFoundError) -> int:
+    """Name the extra that brings the package; a missing module of our own is a defect and is raised."""
+    package = (missing.name or "").split(".")[0]
+    if package in ("", "onbeat"):
+        raise missing
+    extra = EXTRA_OF_PACKAGE.get(package)
     remedy = f"pip install 'onbeat[{extra}]'" if extra else f"pip install {package}"
     print(f"onbeat {command}: the package '{package}' is not installed: run `{remedy}`", file=sys.stderr)
     return 1

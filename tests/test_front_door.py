@@ -1,4 +1,4 @@
-"""The `onbeat` command: every sub-command has help with defaults, wrong usage exits 2, missing packages name the extra."""
+"""The `onbeat` command: help with defaults, wrong usage exits 2, a missing package names its extra."""
 
 import subprocess
 import sys
