@@ -83,7 +83,7 @@ def fit_tokenizer(sentences: Sequence[str]) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the Qwen2 files into `folder`: tokenizer.json, vocab.json, merges.txt, added_tokens.json and two configs."""
+    """Write the Qwen2 files into `folder`: tokenizer.json, vocab.json, merges.txt, added_tokens.json, two configs."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))
