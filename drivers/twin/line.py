@@ -1,0 +1,61 @@
+"""A pty whose far end is a servo bank: bytes come in at once, as a pty does, and go out when the wire would have had them."""
+
+import os
+import select
+import time
+import tty
+from collections import deque
+from typing import Protocol
+
+from onbeat.drivers.twin.servos import Answer
+
+_READ_SIZE = 4096
+
+
+class FarEnd(Protocol):
+    """What answers on the line."""
+
+    def feed(self, data: bytes, now_ns: int = 0) -> Answer: ...
+
+
+class ServoLine:
+    """One bus. `port` is what a client opens. paced: replies wait for the wire's time; else they go out at once."""
+
+    def __init__(self, far_end: FarEnd, *, paced: bool = True) -> None:
+        self._far_end = far_end
+        self._paced = paced
+        self._master, self._slave = os.openpty()
+        tty.setraw(self._slave)
+        self.port = os.ttyname(self._slave)
+        self._due: deque[tuple[int, bytes]] = deque()
+        self._free_ns = 0
+
+    def serve_until(self, deadline_ns: int) -> None:
+        """Take bytes and send due replies until the monotonic clock reads deadline_ns; at least one look at the port."""
+        while True:
+            now_ns = time.monotonic_ns()
+            wake_ns = min(deadline_ns, self._due[0][0]) if self._due else deadline_ns
+            ready, _, _ = select.select([self._master], [], [], max(0, wake_ns - now_ns) * 1e-9)
+            if ready:
+                self._take(os.read(self._master, _READ_SIZE))
+            self._send_due()
+            if time.monotonic_ns() >= deadline_ns:
+                return
+
+    def close(self) -> None:
+        """Hang up: a client sees its port gone. Closing twice is harmless."""
+        if self._master >= 0:
+            os.close(self._master)
+            os.close(self._slave)
+            self._master = self._slave = -1
+
+    def _take(self, data: bytes) -> None:
+        now_ns = time.monotonic_ns()
+        answer = self._far_end.feed(data, now_ns)
+        self._free_ns = max(self._free_ns, now_ns) + (answer.wire_ns if self._paced else 0)
+        if answer.data:
+            self._due.append((self._free_ns, answer.data))
+
+    def _send_due(self) -> None:
+        while self._due and self._due[0][0] <= time.monotonic_ns():
+            os.write(self._master, self._due.popleft()[1])

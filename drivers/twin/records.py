@@ -1,0 +1,73 @@
+"""What the twin writes down, for the supervisor alone: the truth of the world, and when which goals came over the wire.
+
+    truth.jsonl   a line per 100 ms and per event (`TruthLine`), flushed, so that it can be followed
+    wire.bin      `GOAL_RECORD`s, one per sync write of goal positions
+    twin.json     counts, at the end
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+TRUTH_FILE = "truth.jsonl"
+WIRE_FILE = "wire.bin"
+COUNTS_FILE = "twin.json"
+GOAL_RECORD = np.dtype([("t_ns", "<i8"), ("goal_steps", "<i2", (6,))])
+
+
+@dataclass(frozen=True, slots=True)
+class TruthLine:
+    """t_ns: monotonic clock of this machine. event: None on a plain sample."""
+
+    t_ns: int
+    attempt: int
+    cube_height_m: float
+    lifted: bool
+    successes: int
+    failures: int
+    event: str | None = None
+
+
+class Recorder:
+    """Writes the three files of one run into a folder. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._truth = (folder / TRUTH_FILE).open("w", encoding="utf-8", buffering=1)
+        self._wire = (folder / WIRE_FILE).open("wb")
+
+    def add_truth(self, line: TruthLine) -> None:
+        self._truth.write(json.dumps(asdict(line)) + "\n")
+
+    def add_goals(self, t_ns: int, goal_steps: list[int]) -> None:
+        self._wire.write(np.array((t_ns, goal_steps), GOAL_RECORD).tobytes())
+
+    def close(self, counts: dict[str, int]) -> None:
+        """Write the counts and close the files."""
+        (self._folder / COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+        self._truth.close()
+        self._wire.close()
+
+
+def read_truth(folder: Path) -> Iterator[TruthLine]:
+    """The lines written so far; a last line that is still being written is left out."""
+    text = (folder / TRUTH_FILE).read_text(encoding="utf-8")
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield TruthLine(**json.loads(line))
+
+
+def read_goals(folder: Path) -> NDArray[np.void]:
+    """All goal writes as `GOAL_RECORD`s; the record that a killed twin did not finish is left out."""
+    data = (folder / WIRE_FILE).read_bytes()
+    return np.frombuffer(data[: len(data) // GOAL_RECORD.itemsize * GOAL_RECORD.itemsize], GOAL_RECORD)
+
+
+def read_counts(folder: Path) -> dict[str, int]:
+    """What the twin counted; there once it has ended."""
+    return json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,284 @@
+"""The far end of the bus: STS3215 servos as register files, bytes in, bytes and wire time out. No clock, no port.
+
+What a servo does with a packet follows the protocol manual: a wrong checksum is ignored, a broadcast is not answered, sync
+reads are answered in the order of the ids, EEPROM writes survive a power cycle only when `lock` is 0.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onbeat.drivers.feetech.protocol import (
+    OVERHEAD,
+    RAD_PER_STEP,
+    checksum,
+    decode_register,
+    encode_packet,
+    encode_register,
+)
+from onbeat.drivers.feetech.tables import (
+    BAUD_RATES,
+    BITS_PER_BYTE,
+    BROADCAST_ID,
+    CENTRE_HERE,
+    CENTRE_STEP,
+    LOAD_FULL_SCALE,
+    MEMORY_SIZE,
+    REGISTER,
+    REGISTERS,
+    RETURN_DELAY_UNIT_NS,
+    Instruction,
+    Status,
+)
+
+MAX_SPEED_STEPS_S = 3400.0  # no load at 7.4 V, from the memory table's header
+SILENCE_NS = 10_000_000  # a packet that pauses longer than this was given up by its sender
+_MOVING_STEPS_S = 20.0
+_WRITABLE = np.zeros(MEMORY_SIZE, bool)
+for _register in REGISTERS:
+    _WRITABLE[_register.address : _register.address + _register.size] = _register.is_writable
+
+
+class Answer(NamedTuple):
+    """data: what the servos send. wire_ns: how long the bus is busy with the request, the delays and the replies."""
+
+    data: bytes
+    wire_ns: int
+
+
+class Servo:
+    """One STS3215: its memory, what it saved, and the set point that `acceleration` and `goal_velocity` shape."""
+
+    def __init__(self, servo_id: int) -> None:
+        self.memory = bytearray(MEMORY_SIZE)
+        for register in REGISTERS:
+            self.put(register.name, register.default)
+        self.put("id", servo_id)
+        self.put("goal_position", CENTRE_STEP)
+        self.injected = Status(0)
+        self.pending: bytes | None = None
+        self.setpoint_steps = float(CENTRE_STEP)
+        self.setpoint_velocity = 0.0
+        self.raw_steps = float(CENTRE_STEP)
+        self._overload_ns = 0
+        self._saved = bytes(self.memory[:40])
+
+    @property
+    def servo_id(self) -> int:
+        return self.get("id")
+
+    def get(self, name: str) -> int:
+        register = REGISTER[name]
+        return decode_register(name, bytes(self.memory[register.address : register.address + register.size]))
+
+    def put(self, name: str, value: int) -> None:
+        register = REGISTER[name]
+        self.memory[register.address : register.address + register.size] = encode_register(name, value)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Registers as they stand; zeros beyond the end of the memory."""
+        return bytes(self.memory[address : address + size]).ljust(size, b"\0")
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write what may be written; read-only bytes stay as they are."""
+        for k, byte in enumerate(data, start=address):
+            if k < MEMORY_SIZE and _WRITABLE[k]:
+                self.memory[k] = byte
+        if address <= REGISTER["torque_enable"].address < address + len(data):
+            self._switch_torque()
+        if self.get("lock") == 0:
+            self._saved = bytes(self.memory[:40])
+
+    def power_cycle(self) -> None:
+        """Back to what the EEPROM holds; torque is off."""
+        saved = self._saved
+        for register in REGISTERS:
+            self.put(register.name, register.default)
+        self.memory[:40] = saved
+        self.put("torque_limit", self.get("max_torque"))
+        self._overload_ns = 0
+
+    def sense(self, steps: float, steps_s: float, load: float, dt_ns: int) -> None:
+        """Take over what the joint does: shaft angle and rate in raw steps, load of stall -1..1, for the last dt_ns."""
+        self.raw_steps = steps
+        if not self.get("torque_enable"):
+            self.setpoint_steps, self.setpoint_velocity = steps, 0.0
+        self.put("present_position", round(steps) - self.get("position_offset"))
+        self.put("present_velocity", round(steps_s))
+        self.put("present_load", round(np.clip(load, -1.0, 1.0) * LOAD_FULL_SCALE))
+        self.put("present_current", round(min(abs(load), 1.0) * self.get("protection_current")))
+        self.put("present_voltage", 74)
+        self.put("present_temperature", 32)
+        self.put("moving", int(abs(steps_s) > _MOVING_STEPS_S))
+        self._judge_load(abs(load), dt_ns)
+        self.put("status", int(self.injected | self._overload()))
+
+    def advance(self, dt_ns: int) -> float:
+        """Move the set point towards the goal for dt_ns; returns it in raw steps."""
+        low, high = self.get("min_position"), self.get("max_position")
+        goal = min(max(self.get("goal_position"), low), high) + self.get("position_offset")
+        speed = min(abs(self.get("goal_velocity")) or MAX_SPEED_STEPS_S, MAX_SPEED_STEPS_S)
+        acceleration = self.get("acceleration") * 100.0
+        dt_s = dt_ns * 1e-9
+        wanted = (goal - self.setpoint_steps) / dt_s if dt_s else 0.0
+        if acceleration:  # slow down in time: v^2 = 2 a d
+            speed = min(speed, (2.0 * acceleration * abs(goal - self.setpoint_steps)) ** 0.5)
+            change = acceleration * dt_s
+            wanted = min(max(wanted, self.setpoint_velocity - change), self.setpoint_velocity + change)
+        self.setpoint_velocity = min(max(wanted, -speed), speed)
+        self.setpoint_steps += self.setpoint_velocity * dt_s
+        return self.setpoint_steps
+
+    def _switch_torque(self) -> None:
+        self._overload_ns = 0
+        if self.memory[REGISTER["torque_enable"].address] == CENTRE_HERE:
+            self.put("position_offset", min(max(round(self.raw_steps) - CENTRE_STEP, -2047), 2047))
+            self.put("goal_position", CENTRE_STEP)
+            self.put("torque_enable", 0)
+
+    def _judge_load(self, load: float, dt_ns: int) -> None:
+        is_over = load * 100.0 > self.get("overload_torque") and bool(self.get("torque_enable"))
+        if not self._overload():
+            self._overload_ns = self._overload_ns + dt_ns if is_over else 0
+
+    def _overload(self) -> Status:
+        is_tripped = self._overload_ns > self.get("protection_time") * 10_000_000
+        return Status.OVERLOAD if is_tripped else Status(0)
+
+    @property
+    def holds(self) -> bool:
+        """Does the motor get current: torque on, and no fault that unloads it."""
+        return bool(self.get("torque_enable")) and not self.get("status") & self.get("unload_condition")
+
+
+class ServoBank:
+    """All servos of one bus. on_goals is called with the goals (J,) in steps of each sync write of goal positions."""
+
+    def __init__(self, ids: Sequence[int], on_goals: Callable[[list[int]], None] = lambda goals: None) -> None:
+        self.servos = [Servo(servo_id) for servo_id in ids]
+        self.counts = {"packets": 0, "bad_checksums": 0, "goal_writes": 0, "state_reads": 0}
+        self._on_goals = on_goals
+        self._input = bytearray()
+        self._last_ns = 0
+
+    def feed(self, data: bytes, now_ns: int = 0) -> Answer:
+        """Take bytes off the wire; returns what all complete packets in it are answered with, in order."""
+        if now_ns - self._last_ns > SILENCE_NS:
+            self._input.clear()
+        self._last_ns = now_ns
+        self._input += data
+        replies, wire_ns = bytearray(), 0
+        while (packet := self._next_packet()) is not None:
+            answers = self._obey(packet[2], packet[4], bytes(packet[5:-1]))
+            replies += b"".join(reply for _, reply in answers)
+            wire_ns += self._bytes_ns(len(packet)) + sum(d + self._bytes_ns(len(reply)) for d, reply in answers)
+        return Answer(bytes(replies), wire_ns)
+
+    def sense(
+        self,
+        position_rad: NDArray[np.float64],
+        velocity_rad_s: NDArray[np.float64],
+        load: NDArray[np.float64],
+        dt_ns: int,
+    ) -> None:
+        """Show the joints' state (J,) of the last dt_ns to the servos."""
+        for j, servo in enumerate(self.servos):
+            steps = CENTRE_STEP + position_rad[j] / RAD_PER_STEP
+            servo.sense(steps, velocity_rad_s[j] / RAD_PER_STEP, float(load[j]), dt_ns)
+
+    def advance(self, dt_ns: int, out_rad: NDArray[np.float64]) -> None:
+        """Move every set point for dt_ns; writes them, in rad, to out_rad (J,)."""
+        for j, servo in enumerate(self.servos):
+            out_rad[j] = (servo.advance(dt_ns) - CENTRE_STEP) * RAD_PER_STEP
+
+    def holding(self) -> NDArray[np.bool_]:
+        """Which joints' motors get current, (J,)."""
+        return np.array([servo.holds for servo in self.servos])
+
+    def _bytes_ns(self, count: int) -> int:
+        baud_rate = BAUD_RATES[self.servos[0].get("baud_rate") & 7]
+        return count * BITS_PER_BYTE * 1_000_000_000 // baud_rate
+
+    def _next_packet(self) -> bytearray | None:
+        """The next packet with a good checksum; what stands before it is dropped."""
+        while True:
+            start = self._input.find(b"\xff\xff")
+            if start < 0:
+                del self._input[: max(len(self._input) - 1, 0)]
+                return None
+            del self._input[:start]
+            if len(self._input) < OVERHEAD or len(self._input) < self._input[3] + 4:
+                return None
+            end = self._input[3] + 4
+            packet = self._input[:end]
+            if end >= OVERHEAD and packet[-1] == checksum(packet[2:-1]):
+                del self._input[:end]
+                self.counts["packets"] += 1
+                return packet
+            self.counts["bad_checksums"] += 1
+            del self._input[0]
+
+    def _obey(self, target: int, instruction: int, parameters: bytes) -> list[tuple[int, bytes]]:
+        """Do what a packet says; returns (delay before it in ns, reply) of each servo that answers."""
+        if instruction == Instruction.SYNC_READ and len(parameters) > 2:
+            return self._sync_read(parameters[0], parameters[1], parameters[2:])
+        if instruction == Instruction.SYNC_WRITE and len(parameters) > 2:
+            self._sync_write(parameters[0], parameters[1], parameters[2:])
+            return []
+        answers = []
+        for servo in self.servos:
+            if target not in (servo.servo_id, BROADCAST_ID):
+                continue
+            reply = _obey_one(servo, instruction, parameters)
+            if reply is not None and target != BROADCAST_ID:
+                answers.append((_delay_ns(servo), encode_packet(target, servo.get("status"), reply)))
+        return answers
+
+    def _sync_read(self, address: int, size: int, ids: bytes) -> list[tuple[int, bytes]]:
+        self.counts["state_reads"] += int(address == REGISTER["present_position"].address)
+        by_id = {servo.servo_id: servo for servo in self.servos}
+        there = [by_id[i] for i in ids if i in by_id]
+        return [(_delay_ns(s), encode_packet(s.servo_id, s.get("status"), s.read(address, size))) for s in there]
+
+    def _sync_write(self, address: int, size: int, data: bytes) -> None:
+        records = {data[k]: data[k + 1 : k + 1 + size] for k in range(0, len(data) - size, size + 1)}
+        for servo in self.servos:
+            if servo.servo_id in records:
+                servo.write(address, records[servo.servo_id])
+        goal = REGISTER["goal_position"].address
+        if address <= goal < address + size:
+            self.counts["goal_writes"] += 1
+            self._on_goals([servo.get("goal_position") for servo in self.servos])
+
+
+def _delay_ns(servo: Servo) -> int:
+    return servo.get("return_delay") * RETURN_DELAY_UNIT_NS
+
+
+def _obey_one(servo: Servo, instruction: int, parameters: bytes) -> bytes | None:
+    """The parameters of a servo's reply, None when it stays silent."""
+    acknowledged = b"" if servo.get("response_level") else None
+    if instruction == Instruction.PING:
+        return b""
+    if instruction == Instruction.READ and len(parameters) == 2:
+        return servo.read(parameters[0], parameters[1])
+    if instruction == Instruction.WRITE and len(parameters) >= 2:
+        servo.write(parameters[0], parameters[1:])
+        return acknowledged
+    if instruction == Instruction.REG_WRITE and len(parameters) >= 2:
+        servo.pending = parameters
+        servo.put("write_pending", 1)
+        return acknowledged
+    if instruction == Instruction.ACTION:
+        _run_pending(servo)
+        return acknowledged
+    return None
+
+
+def _run_pending(servo: Servo) -> None:
+    if servo.pending is not None:
+        servo.write(servo.pending[0], servo.pending[1:])
+    servo.pending = None
+    servo.put("write_pending", 0)
