@@ -1,0 +1,250 @@
+"""Mixture of Transformers: two streams with weights of their own in every layer, one attention over all tokens.
+
+The understanding stream (und) carries text and image tokens, the action stream (gen) the state token and the actions.
+The sequence is causal and the actions come last, so the prefix is computed once and only its keys and values are kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onbeat.training.config import DecoderConfig, StreamConfig
+
+# B batch, N prefix tokens (the state token included), D draws per prefix, C chunk rows,
+# H query heads, G key-value heads, X head width, W stream width.
+
+ACTIVATION = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class KeysValues(NamedTuple):
+    """One layer's cache: keys after norm and rotation, values; both (B, G, N, X)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the rotary phases, (tokens, X)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Rotary(nn.Module):
+    """Rotary phases. "bf16" rounds the inverse frequencies as the published code does: 0.32 rad at position 280."""
+
+    inverse_frequency: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+        inverse = 1.0 / config.rope_theta**exponent
+        if config.rope == "bf16":
+            inverse = inverse.bfloat16().float()
+        self.register_buffer("inverse_frequency", inverse, persistent=False)
+
+    def forward(self, positions: Tensor) -> Rotation:
+        """positions: (tokens,) integers."""
+        phase = positions.float().unsqueeze(-1) * self.inverse_frequency
+        phase = torch.cat([phase, phase], dim=-1)
+        return Rotation(phase.cos(), phase.sin())
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Rotate (B, heads, tokens, X) by half-split pairs (i, i + X / 2)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * by.cos + torch.cat([-high, low], dim=-1) * by.sin
+
+
+class RmsNorm(nn.Module):
+    """x / rms(x), scaled per channel."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+class SelfAttention(nn.Module):
+    """One stream's projections into and out of the shared attention."""
+
+    def __init__(self, config: DecoderConfig, stream: StreamConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(stream.width, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(stream.width, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(stream.width, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, stream.width, bias=False)
+        self.q_norm = RmsNorm(config.head_dim, stream.norm_epsilon)
+        self.k_norm = RmsNorm(config.head_dim, stream.norm_epsilon)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, tokens, heads x X) to (B, tokens, heads, X)."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, stream: StreamConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(stream.width, stream.ffn_width, bias=False)
+        self.up_proj = nn.Linear(stream.width, stream.ffn_width, bias=False)
+        self.down_proj = nn.Linear(stream.ffn_width, stream.width, bias=False)
+        self.activation = ACTIVATION[stream.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Stream(nn.Module):
+    """One stream's weights of one layer. Every norm, q and k included, uses the stream's own epsilon."""
+
+    def __init__(self, config: DecoderConfig, stream: StreamConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, stream)
+        self.mlp = GatedFeedForward(stream)
+        self.input_layernorm = RmsNorm(stream.width, stream.norm_epsilon)
+        self.post_attention_layernorm = RmsNorm(stream.width, stream.norm_epsilon)
+
+    def queries(self, normed: Tensor) -> Tensor:
+        """(B, tokens, W) after the input norm to queries before rotation, (B, tokens, H, X)."""
+        return self.self_attn.q_norm(self.self_attn.split_heads(self.self_attn.q_proj(normed)))
+
+    def keys(self, normed: Tensor) -> Tensor:
+        """(B, tokens, W) after the input norm to keys before rotation, (B, tokens, G, X)."""
+        return self.self_attn.k_norm(self.self_attn.split_heads(self.self_attn.k_proj(normed)))
+
+    def values(self, normed: Tensor) -> Tensor:
+        """(B, tokens, W) after the input norm to values, (B, tokens, G, X)."""
+        return self.self_attn.split_heads(self.self_attn.v_proj(normed))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add attention's result (B, tokens, H x X) to the residual (B, tokens, W), then the feed-forward."""
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def insert_token(others: Tensor, token: Tensor, index: int) -> Tensor:
+    """(B, N - 1, ...) and (B, 1, ...) to (B, N, ...) with the token at `index`."""
+    return torch.cat([others[:, :index], token, others[:, index:]], dim=1)
+
+
+def remove_token(tokens: Tensor, index: int) -> Tensor:
+    """(B, N, ...) to (B, N - 1, ...) without the one at `index`."""
+    return torch.cat([tokens[:, :index], tokens[:, index + 1 :]], dim=1)
+
+
+def attend(queries: Tensor, cache: KeysValues, mask: Tensor | None) -> Tensor:
+    """Softmax attention of (B, H, T, X) to (B, G, K, X), heads joined: (B, T, H x X). No mask: causal, T = K."""
+    result = F.scaled_dot_product_attention(
+        queries,
+        cache.keys,
+        cache.values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=queries.shape[1] != cache.keys.shape[1],
+    )
+    return result.transpose(1, 2).flatten(2)
+
+
+class Layer(nn.Module):
+    """One layer: both streams' weights."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.und = Stream(config, config.und)
+        self.gen = Stream(config, config.gen)
+
+    def forward(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> tuple[Tensor, Tensor, KeysValues]:
+        """The prefix: und tokens (B, N - 1, W) with the state token (B, 1, W) standing at `index` among them."""
+        normed = self.und.input_layernorm(und), self.gen.input_layernorm(state)
+        cache = self._keys_values(*normed, index, by)
+        queries = insert_token(self.und.queries(normed[0]), self.gen.queries(normed[1]), index)
+        attended = attend(rotate(queries.transpose(1, 2), by), cache, None)
+        und = self.und.finish(und, remove_token(attended, index))
+        return und, self.gen.finish(state, attended[:, index : index + 1]), cache
+
+    def prefix_cache(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> KeysValues:
+        """What alone is needed of the last layer: keys and values of the prefix."""
+        return self._keys_values(self.und.input_layernorm(und), self.gen.input_layernorm(state), index, by)
+
+    def advance(self, x: Tensor, cache: KeysValues, by: Rotation, mask: Tensor) -> Tensor:
+        """The actions: gen tokens (B, T, W) that see the cache and, as the mask allows, each other."""
+        normed = self.gen.input_layernorm(x)
+        keys = rotate(self.gen.keys(normed).transpose(1, 2), by)
+        values = self.gen.values(normed).transpose(1, 2)
+        queries = rotate(self.gen.queries(normed).transpose(1, 2), by)
+        seen = KeysValues(torch.cat([cache.keys, keys], dim=2), torch.cat([cache.values, values], dim=2))
+        return self.gen.finish(x, attend(queries, seen, mask))
+
+    def _keys_values(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> KeysValues:
+        keys = insert_token(self.und.keys(und), self.gen.keys(state), index)
+        values = insert_token(self.und.values(und), self.gen.values(state), index)
+        return KeysValues(rotate(keys.transpose(1, 2), by), values.transpose(1, 2))
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and final norms. The und norm and lm_head never reach the actions; they are kept to be written
+    back. lm_head is None where it is tied to the embeddings."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.und.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.ModuleDict(
+            {
+                "und": RmsNorm(config.und.width, config.und.norm_epsilon),
+                "gen": RmsNorm(config.gen.width, config.gen.norm_epsilon),
+            }
+        )
+        self.lm_head = None if config.tied else nn.Linear(config.und.width, config.vocabulary, bias=False)
+        self.rotary = Rotary(config)
+
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers, with their type."""
+        return list(self.layers)  # pyright: ignore[reportReturnType]
+
+    def encode_prefix(self, und: Tensor, state: Tensor, index: int) -> list[KeysValues]:
+        """und (B, N - 1, W) and the state token (B, 1, W), which stands at `index` of N, to one cache per layer."""
+        by = self.rotary(torch.arange(und.shape[1] + 1, device=und.device))
+        caches: list[KeysValues] = []
+        *layers, last = self.stack
+        for layer in layers:
+            und, state, cache = layer(und, state, index, by)
+            caches.append(cache)
+        return [*caches, last.prefix_cache(und, state, index, by)]
+
+    def advance(self, features: Tensor, caches: list[KeysValues]) -> Tensor:
+        """Action features (B, D, C, W) of D independent draws to the normed output of the action stream, same shape."""
+        draws, chunk = features.shape[1:3]
+        length = caches[0].keys.shape[2]
+        by = self.rotary((length + torch.arange(chunk, device=features.device)).repeat(draws))
+        mask = draw_mask(length, draws, chunk, features.device)
+        x = features.flatten(1, 2)
+        for layer, cache in zip(self.stack, caches, strict=True):
+            x = layer.advance(x, cache, by, mask)
+        return self.norm["gen"](x).unflatten(1, (draws, chunk))
+
+
+def draw_mask(length: int, draws: int, chunk: int, device: torch.device) -> Tensor:
+    """True where action token (draw d, row r) may look: all `length` prefix tokens, and rows <= r of its own draw.
+
+    (draws x chunk, length + draws x chunk)
+    """
+    own = torch.block_diag(*[torch.ones(chunk, chunk, device=device).tril()] * draws).bool()
+    prefix = torch.ones(draws * chunk, length, dtype=torch.bool, device=device)
+    return torch.cat([prefix, own], dim=1)

@@ -1,0 +1,148 @@
+"""The PyTorch network as an engine: what exported bundles are checked against, and `evaluate` before any export."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onbeat.embodiment.errors import OnbeatError
+from onbeat.runtime.engine import FlowResult, PolicyInputs, PolicySpec, SamplerSpec
+from onbeat.training.checkpoint import load_checkpoint
+from onbeat.training.config import PolicyConfig
+from onbeat.training.model.heads import UNIFIED
+from onbeat.training.model.policy import Cache, Policy
+from onbeat.training.model.sampler import Lock, choose_sampler, fit_chunk, sample_chunk
+from onbeat.training.model.vision import normalise_views
+
+# Letters as in onbeat.runtime.engine.
+
+
+class EngineInputError(OnbeatError):
+    """An input of the engine has the wrong shape, or is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchEngine:
+    """Implements `Engine`. lock_prefix: whether prev_chunk is kept; checkpoints not trained for it ignore prev_chunk,
+    as the published code does."""
+
+    policy: Policy
+    spec: PolicySpec
+    lock_prefix: bool
+
+    @torch.inference_mode()
+    def prefix(self, inputs: PolicyInputs) -> Cache:
+        """The K/V cache of one observation. Raises EngineInputError."""
+        side = self.spec.image_size
+        _check_shape("views", inputs.views, (self.spec.views, side, side, 3))
+        _check_values("state", inputs.state, (UNIFIED,))
+        return self.policy.encode_prefix(
+            normalise_views(torch.from_numpy(inputs.views)).unsqueeze(0),
+            torch.from_numpy(inputs.token_ids).unsqueeze(0),
+            inputs.image_start,
+            inputs.state_index,
+            _tensor(inputs.state).unsqueeze(0),
+        )
+
+    @torch.inference_mode()
+    def flow(
+        self,
+        prefix: Cache,
+        noise: NDArray[np.float32],
+        *,
+        directions: NDArray[np.float32] | None = None,
+        prev_chunk: NDArray[np.float32] | None = None,
+        delay: int = 0,
+    ) -> FlowResult:
+        """Sample one chunk, as `Engine.flow`. Raises EngineInputError."""
+        _check_values("noise", noise, (self.spec.sampler.iterations, self.spec.chunk, UNIFIED))
+        sampled = sample_chunk(
+            self.policy,
+            prefix,
+            self.spec.sampler,
+            _tensor(noise).unsqueeze(1),
+            directions=self._directions(directions),
+            lock=self._lock(prev_chunk, delay),
+        )
+        return FlowResult(sampled.actions[0].numpy(), sampled.gate[..., 0].numpy(), sampled.cost[..., 0].numpy())
+
+    def _directions(self, directions: NDArray[np.float32] | None) -> Tensor | None:
+        sampler = self.spec.sampler
+        if sampler.gate != "directions":
+            return None
+        if directions is None:
+            raise EngineInputError("the gate wants directions and none were given: give them, or choose expectation")
+        shape = (sampler.iterations - 1, sampler.flow_steps, sampler.gate_directions, self.spec.understanding_width)
+        _check_values("directions", directions, shape)
+        return _tensor(directions)
+
+    def _lock(self, prev_chunk: NDArray[np.float32] | None, delay: int) -> Lock | None:
+        if delay < 0:
+            raise EngineInputError(f"the delay is {delay} policy steps: give 0 or more")
+        if not self.lock_prefix or prev_chunk is None or delay == 0:
+            return None
+        _check_values("prev_chunk", prev_chunk, (max(len(prev_chunk), 1), UNIFIED))
+        return Lock(fit_chunk(_tensor(prev_chunk), self.spec.chunk), delay)
+
+
+def build_engine(
+    policy: Policy,
+    *,
+    views: int,
+    overrides: Mapping[str, bool | int | float] | None = None,
+    directions: bool = False,
+    enable_rtc: bool = True,
+) -> TorchEngine:
+    """An engine for a policy with `views` cameras. overrides: of the sampler settings in config.json.
+
+    directions: the caller gives the gate's directions at every flow (recorded cases); else their expectation is taken.
+    enable_rtc: False ignores prev_chunk even where the checkpoint was trained with a prefix.
+    """
+    sampler = choose_sampler(policy.config, overrides, directions=directions)
+    return TorchEngine(policy.eval(), describe_policy(policy.config, sampler, views), enable_rtc and policy.config.delay.trained)
+
+
+def open_engine(
+    folder: Path | str,
+    *,
+    views: int,
+    rope: str | None = None,
+    overrides: Mapping[str, bool | int | float] | None = None,
+    directions: bool = False,
+    enable_rtc: bool = True,
+) -> TorchEngine:
+    """`build_engine` of a checkpoint folder. Raises CheckpointError, ConfigError or OverrideError."""
+    policy = load_checkpoint(folder, rope=rope)
+    return build_engine(policy, views=views, overrides=overrides, directions=directions, enable_rtc=enable_rtc)
+
+
+def describe_policy(config: PolicyConfig, sampler: SamplerSpec, views: int) -> PolicySpec:
+    """Shapes and abilities of a policy with this sampler and number of cameras."""
+    return PolicySpec(
+        views=views,
+        image_size=config.vision.image_size,
+        tokens_per_view=config.vision.tokens_per_view,
+        chunk=config.chunk,
+        understanding_width=config.decoder.und.width,
+        trained_delay=config.delay.longest,
+        sampler=sampler,
+    )
+
+
+def _tensor(array: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _check_shape(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise EngineInputError(f"{name} has shape {array.shape}, not {shape}: give what PolicySpec says")
+
+
+def _check_values(name: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    _check_shape(name, array, shape)
+    if not np.isfinite(array).all():
+        raise EngineInputError(f"{name} holds values that are not finite: give finite ones")
