@@ -53,8 +53,9 @@ class Statistics:
 def load_statistics(folder: Path, dataset: str | None = None, variant: str | None = None) -> Statistics:
     """The statistics of a checkpoint or bundle folder; they lie in its root or in experiment_cfg/.
 
-    dataset: which file; may be None when there is one. variant: a name, "merged", "auto" (the published loader's silent
-    choice, for replaying its records), "task" or "embodiment"; None refuses to guess between several. Raises MetadataError.
+    dataset: which file; may be None when there is one. variant: a name, "merged", "task", "embodiment", or "auto" (the
+    published loader's silent choice, for replaying its records); None refuses to guess between several.
+    Raises MetadataError.
     """
     path = _metadata_file(folder, dataset)
     name = path.name.removesuffix(SUFFIX)
@@ -65,6 +66,11 @@ def load_statistics(folder: Path, dataset: str | None = None, variant: str | Non
     assert entry is not None
     sides = {side: _side(entry, side, f"{path} ({taken})") for side in ("state", "action")}
     return Statistics(name, taken, sides["state"], sides["action"])
+
+
+def has_statistics(folder: Path) -> bool:
+    """Whether a folder carries any metadata file."""
+    return bool(_metadata_files(folder))
 
 
 def check_statistics(statistics: Statistics, robot: Embodiment) -> None:
@@ -94,8 +100,13 @@ def save_statistics(statistics: Statistics, folder: Path) -> Path:
     return path
 
 
+def _metadata_files(folder: Path) -> dict[str, Path]:
+    """By name; the root's before experiment_cfg's."""
+    return {path.name: path for sub in reversed(FOLDERS) for path in sorted((folder / sub).glob(f"*{SUFFIX}"))}
+
+
 def _metadata_file(folder: Path, dataset: str | None) -> Path:
-    found = {path.name: path for sub in reversed(FOLDERS) for path in sorted((folder / sub).glob(f"*{SUFFIX}"))}
+    found = _metadata_files(folder)
     if dataset is not None:
         if f"{dataset}{SUFFIX}" in found:
             return found[f"{dataset}{SUFFIX}"]
@@ -149,9 +160,13 @@ def _choose(has_merged: bool, variants: Mapping[str, Any], wanted: str | None, p
 def _side(entry: Mapping[str, Any], side: str, where: str) -> dict[str, KeyStatistics]:
     keys = entry["statistics"].get(side, {})
     try:
-        return {key: {s: np.atleast_1d(np.array(v[s], np.float64)) for s in STATISTICS if s in v} for key, v in keys.items()}
+        return {key: _key_statistics(values) for key, values in keys.items()}
     except (TypeError, ValueError) as error:
-        raise MetadataError(f"{where}: statistics of the {side} are no numbers ({error}): copy the file again") from None
+        raise MetadataError(f"{where}: {side} statistics are no numbers ({error}): copy the file again") from None
+
+
+def _key_statistics(values: Mapping[str, Any]) -> KeyStatistics:
+    return {name: np.atleast_1d(np.array(values[name], np.float64)) for name in STATISTICS if name in values}
 
 
 def _check_key(side: str, key: StateKey, known: KeyStatistics | None, statistics: Statistics) -> None:

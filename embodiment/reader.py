@@ -3,12 +3,21 @@
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from onbeat.embodiment.normalisation import MODES
-from onbeat.embodiment.robot import CLIENT_IMAGES, KINDS, UNITS, ActionKey, Embodiment, EmbodimentError, Limits, StateKey
+from onbeat.embodiment.robot import (
+    CLIENT_IMAGES,
+    KINDS,
+    UNITS,
+    ActionKey,
+    Embodiment,
+    EmbodimentError,
+    Limits,
+    StateKey,
+)
 from onbeat.embodiment.rotation import AXIS_ANGLE, ROTATION_SIZES
 from onbeat.embodiment.slots import UNIFIED_DIM, Side, UnknownSlot, find_slot, suggest
 
@@ -66,7 +75,7 @@ class _Reader:
     def embodiment(self, document: dict[str, Any]) -> Embodiment:
         self.check_fields(document, TOP_FIELDS, TOP_REQUIRED, None)
         if not document["policy_period_ms"] > 0:
-            self.refuse("policy_period_ms must be above 0: give the time between two rows of a chunk", None, "policy_period_ms")
+            self.refuse("must be above 0: give the time between two rows of a chunk", None, "policy_period_ms")
         self.check_choice(document.get("client_image", "as_is"), CLIENT_IMAGES, None, "client_image")
         state = tuple(StateKey(**self.key(entry, ("state", i))) for i, entry in enumerate(document["state"]))
         action = tuple(self.action(entry, ("action", i)) for i, entry in enumerate(document["action"]))
@@ -96,9 +105,8 @@ class _Reader:
         )
         if key.joints and len(key.joints) != key.size:
             self.refuse(f"{len(key.joints)} joints named for {key.size} numbers: name each one", where, "joints")
-        if "lower" not in entry and "upper" not in entry:
-            return key
-        return ActionKey(**{f.name: getattr(key, f.name) for f in fields(key)} | {"limits": self.limits(entry, key, where)})
+        has_limits = any(f.name in entry for f in fields(Limits))
+        return replace(key, limits=self.limits(entry, key, where)) if has_limits else key
 
     def key(self, entry: dict[str, Any], where: Entry) -> dict[str, Any]:
         """The fields that state and action keys share."""
@@ -113,7 +121,7 @@ class _Reader:
         if "rotation" in entry:
             self.check_choice(entry["rotation"], ROTATION_SIZES, where, "rotation")
             if stop - start != ROTATION_SIZES[AXIS_ANGLE]:
-                self.refuse(f"a rotation takes 3 numbers, '{entry['slot']}' has {stop - start}: give it a rotation slot", where, "slot")
+                self.refuse(f"a rotation takes 3 numbers, not {stop - start}: give it a rotation slot", where, "slot")
         optional = {name: entry.get(name) for name in ("rotation", "normalisation")}
         return {"name": entry["name"], "start": start, "stop": stop, "unit": unit, **optional}
 
@@ -132,7 +140,7 @@ class _Reader:
         if stop > UNIFIED_DIM:
             self.refuse(f"'{text}' ends at {stop}, beyond the {UNIFIED_DIM} unified numbers: shorten it", where, "slot")
         if not slot.start <= start < stop <= slot.stop:
-            self.refuse(f"'{text}' leaves its slot, which has {slot.size} numbers: stay within [0:{slot.size}]", where, "slot")
+            self.refuse(f"'{text}' leaves its slot of {slot.size} numbers: stay within [0:{slot.size}]", where, "slot")
         return start, stop
 
     def limits(self, entry: dict[str, Any], key: ActionKey, where: Entry) -> Limits:
@@ -155,7 +163,7 @@ class _Reader:
                 if key.name == other.name:
                     self.refuse(f"two {side} keys are called '{key.name}': rename one", (side, i), "name")
                 if key.start < other.stop and other.start < key.stop:
-                    self.refuse(f"'{key.name}' overlaps '{other.name}' in the unified {side}: move one", (side, i), "slot")
+                    self.refuse(f"'{key.name}' overlaps '{other.name}' in the {side}: move one", (side, i), "slot")
 
     def check_fields(self, entry: Any, known: Mapping[str, Any], required: Sequence[str], where: Entry) -> None:
         """Refuse anything but a table with known fields of the right types and all the required ones."""
@@ -165,7 +173,7 @@ class _Reader:
             if name not in known:
                 self.refuse(f"unknown field '{name}': {suggest(name, known)}", where, name)
             if not isinstance(value, known[name]):
-                self.refuse(f"'{name}' is a {type(value).__name__}: give it the form it has in other files", where, name)
+                self.refuse(f"'{name}' is a {type(value).__name__}: give it as the other files do", where, name)
         for name in required:
             if name not in entry:
                 self.refuse(f"'{name}' is missing: add it", where, "")

@@ -1,7 +1,7 @@
 """A robot as data: what it sees, what it reports, what it takes, and where each number sits in the unified space."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ class Embodiment:
         return round(self.policy_period_ms * 1e6)
 
     @property
+    def layout(self) -> tuple[Any, ...]:
+        """What a policy depends on: name, views, and keys without their limits."""
+        return self.name, self.views, self.state, tuple(replace(key, limits=None) for key in self.action)
+
+    @property
     def joints(self) -> tuple[str, ...]:
         """Joint names over all action keys, in the order of `flatten`."""
         return tuple(joint for key in self.action for joint in key.joints)
@@ -122,7 +127,7 @@ class Embodiment:
         missing = [key.name for key in self.action if key.limits is None]
         if missing:
             raise EmbodimentError(
-                f"{self.source}: action '{missing[0]}' has no limits: a robot does not move without them; add lower, upper"
+                f"{self.source}: action '{missing[0]}' has no limits, and nothing moves without: add lower and upper"
             )
         known = [key.limits for key in self.action if key.limits is not None]
         return Limits(*(tuple(v for part in known for v in getattr(part, f.name)) for f in fields(Limits)))

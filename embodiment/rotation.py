@@ -26,15 +26,10 @@ SMALL_ANGLE = 1e-6  # rad; below it sin(x / 2) / x is 1/2 to the last bit of a d
 
 
 def convert_rotation(rotation: Array, source: str, target: str) -> Array:
-    """Rewrite rotations (..., d_source) as (..., d_target). The same form returns its input untouched, whatever its angle."""
+    """Rewrite rotations (..., d_source) as (..., d_target). The same form comes back untouched, whatever its angle."""
     if source == target:
         return rotation
     return _WRITERS[target](_READERS[source](rotation))
-
-
-def rotation_size(form: str) -> int:
-    """How many numbers a rotation takes in that form."""
-    return ROTATION_SIZES[form]
 
 
 def _matrix_from_wxyz(quaternion: Array) -> Array:

@@ -38,7 +38,7 @@ def load_embodiment(name_or_path: str | Path) -> Embodiment:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise EmbodimentError(f"{path} cannot be read ({error.strerror}): give the path of an embodiment file") from None
+        raise EmbodimentError(f"{path} cannot be read ({error.strerror}): give an embodiment file") from None
     return parse_embodiment(text, path)
 
 
@@ -48,7 +48,7 @@ def find_embodiment(
     """The robot that a published checkpoint or a recorded observation means.
 
     Tried in turn: the data configuration, the embodiment tag, the dataset, and last the observation's key names
-    ("video.top_view", "state.eef_position"; more than a robot needs is allowed). Raises EmbodimentError for none or two.
+    ("video.top_view", "state.eef_position"; more than a robot needs is allowed). Raises EmbodimentError unless one.
     """
     robots = [load_embodiment(name) for name in embodiment_names()]
     for name, attribute in ((data_config, "data_configs"), (tag, "tags"), (dataset, "datasets")):

@@ -27,11 +27,11 @@ def resize_and_crop(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """
     check_image(rgb)
     height, width = rgb.shape[:2]
-    scaled = scaled_shape(height, width, size)
-    if scaled != (height, width):
-        rgb = np.asarray(Image.fromarray(rgb).resize(scaled[::-1], Image.Resampling.BICUBIC))
-    top, left = crop_start(scaled[0], size), crop_start(scaled[1], size)
-    return np.ascontiguousarray(rgb[top : top + size, left : left + size]).copy()
+    tall, wide = scaled_shape(height, width, size)
+    if (tall, wide) != (height, width):
+        rgb = np.asarray(Image.fromarray(rgb).resize((wide, tall), Image.Resampling.BICUBIC))
+    top, left = crop_start(tall, size), crop_start(wide, size)
+    return rgb[top : top + size, left : left + size].copy()
 
 
 def scaled_shape(height: int, width: int, size: int) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def normalise_pixels(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def check_image(rgb: Any) -> None:
     """Raise BadImage unless `rgb` is (height, width, 3) uint8 with at least one pixel."""
-    if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in
-    rgb.shape:
-        form = f"{rgb.dtype} {rgb.shape}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
-        raise BadImage(f"an image is {form}: give RGB as uint8 (height, width, 3)")
+    if not isinstance(rgb, np.ndarray):
+        raise BadImage(f"an image is a {type(rgb).__name__}: give RGB as uint8 (height, width, 3)")
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
+        raise BadImage(f"an image is {rgb.dtype} {rgb.shape}: give RGB as uint8 (height, width, 3)")

@@ -1,10 +1,8 @@
 """The words around an observation: the tokenizer of a checkpoint, its templates, and the prefix they make."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +15,7 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGES_START, IMAGES_END = "<img>", "</img>"
 STATE_START, STATE_END = "<|state_start|>", "<|state_end|>"
 NEWLINE = "\n"
+PARTS = ("vocab.json", "merges.txt", "added_tokens.json")
 SPECIAL_TOKENS = (TURN_START, TURN_END, IMAGES_START, IMAGES_END, STATE_START, STATE_END)
 PLACEHOLDER = 0  # stands where the network puts image and state embeddings
 
@@ -74,7 +73,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
-        raise TokenizerError(f"the tokenizer in {folder} lacks {', '.join(missing)}: use the tokenizer of the checkpoint")
+        raise TokenizerError(f"the tokenizer in {folder} lacks {', '.join(missing)}: use that of the checkpoint")
     if len(tokenize(tokenizer, NEWLINE)) != 1:
         raise TokenizerError(f"a line break is not one token in {folder}: use the tokenizer of the checkpoint")
     return tokenizer
@@ -93,12 +92,12 @@ def system_message(template: str, own: str | None = None) -> str:
 
 
 def instruction_template(name_or_text: str) -> str:
-    """A template by name ("long", "short"), or a text of one's own that contains {task_description} and may contain {k}."""
+    """A template by name ("long", "short"), or a text of one's own with {task_description} in it, and {k} if wanted."""
     text = INSTRUCTION_TEMPLATES.get(name_or_text, name_or_text)
     try:
         marked = text.format(task_description="\0", k=1)
     except (KeyError, IndexError, ValueError) as error:
-        raise TemplateError(f"template '{text}' asks for {error}: only {{task_description}} and {{k}} are known") from None
+        raise TemplateError(f"template '{text}' asks for {error}: use {{task_description}} and {{k}} only") from None
     if "\0" not in marked:
         raise TemplateError(f"template '{text}' has no place for an instruction: put {{task_description}} into it")
     return text
@@ -136,7 +135,7 @@ def _pieces(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    whole, parts = folder / "tokenizer.json", [folder / name for name in ("vocab.json", "merges.txt", "added_tokens.json")]
+    whole, parts = folder / "tokenizer.json", [folder / name for name in PARTS]
     try:
         if whole.exists():
             return Tokenizer.from_file(str(whole))
@@ -150,8 +149,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def _assemble(vocabulary: Path, merges: Path, added: Path) -> Tokenizer:
     """A Qwen2 tokenizer from its parts: NFC, Qwen2's split, byte-level byte-pair encoding."""
-    pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").splitlines() if _is_merge(line)]
-    tokenizer = Tokenizer(models.BPE(vocab=_ids(vocabulary), merges=pairs))
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -164,10 +162,6 @@ def _assemble(vocabulary: Path, merges: Path, added: Path) -> Tokenizer:
     if moved:
         raise ValueError(f"the id of {moved[0]} does not follow the vocabulary")
     return tokenizer
-
-
-def _is_merge(line: str) -> bool:
-    return len(line.split()) == 2 and not line.startswith("#version")
 
 
 def _ids(path: Path) -> dict[str, int]:
