@@ -1,4 +1,4 @@
-"""The few statistics every table of ours is made of: percentiles of a latency, and the interval around a success rate."""
+"""The few statistics our tables are made of: percentiles of a latency, and the interval around a success rate."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -39,7 +39,7 @@ def summarise_ns(samples_ns: ArrayLike) -> Latency:
 
 
 def wilson_interval(successes: int, attempts: int) -> tuple[float, float]:
-    """The 95 % interval of a success rate, 0..1; (0, 1) when nothing was tried. Source: Wilson 1927, no continuity term."""
+    """The 95 % interval of a success rate, 0..1; (0, 1) when nothing was tried. Source: Wilson 1927, uncorrected."""
     assert 0 <= successes <= attempts, (successes, attempts)
     if attempts == 0:
         return 0.0, 1.0
@@ -51,7 +51,7 @@ def wilson_interval(successes: int, attempts: int) -> tuple[float, float]:
 
 
 def histogram(samples: ArrayLike, bins: int) -> Histogram:
-    """`bins` equal bins from the least sample to the greatest; one unit-wide bin range when all are equal or none came."""
+    """`bins` equal bins from the least sample to the greatest; a range of one unit when all are equal or none came."""
     values = np.asarray(samples, np.float64).reshape(-1)
     counts, edges = np.histogram(values, bins)
     return Histogram(edges, counts.astype(np.int64))
@@ -61,8 +61,10 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns padded to their widest cell: the first to the left, the others to the right."""
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[c]) for row in table) for c in range(len(header))]
-    return "\n".join("  ".join(_pad(cell, w, c) for c, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-                     for row in table)
+    return "\n".join(
+        "  ".join(_pad(cell, w, c) for c, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in table
+    )
 
 
 def figure(value: float | None, digits: int = 2) -> str:
