@@ -1,11 +1,10 @@
-"""`FeetechBus`: the joints of an arm on one Feetech STS3215 bus. Opens the port, checks who is there, reads and writes."""
+"""`FeetechBus`: the joints of an arm on one Feetech STS3215 bus. Opens the port, asks who is there, reads, writes."""
 
 import errno
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import serial
@@ -19,7 +18,7 @@ from onbeat.drivers.interfaces import JointState
 
 @dataclass(frozen=True, slots=True)
 class JointCalibration:
-    """Where a joint's servo is. zero_steps: the step at 0 rad. direction: +1, or -1 when steps grow against the joint."""
+    """Where a joint's servo is. zero_steps: the step at 0 rad. direction: -1 when steps grow against the joint."""
 
     servo_id: int
     zero_steps: int = CENTRE_STEP
@@ -32,7 +31,7 @@ class JointCalibration:
 
 @dataclass(frozen=True, slots=True)
 class BusSettings:
-    """timeout_ms: of one attempt; 1.1 ms is what six servos take at 1 Mbaud, the rest is the adapter's and the kernel's.
+    """timeout_ms: of one attempt; six servos take 1.1 ms at 1 Mbaud, the rest is the adapter's and the kernel's.
 
     settle_ms: how long the line must be silent after a fault before the next attempt. retries: after the first attempt.
     release_on_close: torque off when the bus closes; else the arm holds its last goal.
@@ -73,7 +72,7 @@ _ONE_JOINT = 8  # longest register read or write of the slow path, in parameters
 
 
 def open_port(path: str, baud_rate: int) -> serial.Serial:
-    """Open and configure a serial port for this process alone. Raises PortMissing, PortDenied, PortBusy, NotAServoBus."""
+    """Open and configure a port for this process alone. Raises PortMissing, PortDenied, PortBusy, NotAServoBus."""
     if not Path(path).exists():
         raise errors.PortMissing(f"there is no port {path}")
     try:
@@ -111,9 +110,9 @@ def allocate_wire(fd: int, joints: Mapping[str, JointCalibration], settings: Bus
 class FeetechBus:
     """`Actuators` over a Feetech bus: one goal write and one read of position, velocity and load serve all joints.
 
-    joints: name -> where its servo is, in the order of every array. Opening pings every servo; it raises NotAServoBus when
-    none answers and ServoMissing, with joint and id, when some do not. `wire` and `exchange.exchange_joints` are all that a
-    compiled loop needs to run the bus by itself. One thread at a time.
+    joints: name -> where its servo is, in the order of every array. Opening pings every servo; it raises NotAServoBus
+    when none answers and ServoMissing, with joint and id, when some do not. `wire` and `exchange.exchange_joints` are
+    all that a compiled loop needs to run the bus by itself. One thread at a time.
     """
 
     def __init__(self, port: str, joints: Mapping[str, JointCalibration], settings: BusSettings | None = None) -> None:
@@ -133,7 +132,7 @@ class FeetechBus:
     def __enter__(self) -> "FeetechBus":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close()
 
     @property
@@ -158,7 +157,7 @@ class FeetechBus:
         self._finish(exchange_joints(self.wire, goal_rad, True, True), into)
 
     def enable(self, on: bool, /) -> None:
-        """Torque on or off for all joints, each confirmed by its servo. On: the arm holds where it is, goals start there."""
+        """Torque on or off for all joints, each confirmed by its servo. On: the arm holds where it is."""
         if on:
             self._finish(exchange_joints(self.wire, self._no_goal, False, True), None)
             self._finish(exchange_joints(self.wire, self.wire.position_rad, True, False), None)
@@ -251,7 +250,7 @@ class FeetechBus:
         for joint in self.joints:
             model = self.read_register(joint, "model_number")
             if model != MODEL_NUMBER:
-                raise errors.NotAServoBus(f"{joint} on {self.port} answers as model {model}, not STS3215 ({MODEL_NUMBER})")
+                raise errors.NotAServoBus(f"{joint} on {self.port} is a model {model}, not an STS3215 ({MODEL_NUMBER})")
         self._warm_up()
 
     def _warm_up(self) -> None:

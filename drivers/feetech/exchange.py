@@ -1,7 +1,7 @@
 """One exchange on an open port, compiled: write, wait, read, check, retry. Never touches the interpreter's lock.
 
-The loop may call `exchange_joints` from compiled code of its own; `device.py` calls it from Python. A pty and a serial port
-are the same here. Linux only: libc by name, `pollfd` and `timespec` as little-endian words.
+The loop may call `exchange_joints` from compiled code of its own; `device.py` calls it from Python. A pty and a serial
+port are the same here. Linux only: libc by name, `pollfd` and `timespec` as little-endian words.
 """
 
 from typing import Any, Final, NamedTuple
@@ -40,7 +40,7 @@ _EAGAIN: Final = 11
 class Wire(NamedTuple):
     """Everything an exchange touches, allocated once. J joints.
 
-    ids, zero_steps, direction: (J,), one servo each. position_rad, velocity_rad_s, load, status: (J,), the newest answer.
+    ids, zero_steps, direction: (J,), one servo each. position_rad, velocity_rad_s, load, status: (J,), newest answer.
     t_ns: [0] monotonic clock, middle of the newest good exchange. counts: by fault code of `protocol`.
     limits: [0] time-out ns, [1] how long the line must be silent after a fault, ns, [2] retries.
     """
@@ -72,7 +72,7 @@ def monotonic_ns(timespec: NDArray[np.int64]) -> int:
 @njit(cache=True, nogil=True)
 def _was_interrupted() -> bool:
     code = _errno()[0]
-    return code == _EINTR or code == _EAGAIN
+    return code in (_EINTR, _EAGAIN)
 
 
 @njit(cache=True, nogil=True)

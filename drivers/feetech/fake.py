@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,7 @@ class FakeBus:
     def __enter__(self) -> "FakeBus":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close()
 
     def read(self, into: JointState) -> None:

@@ -1,7 +1,7 @@
 """The servo protocol, pure: bytes <-> values. Compiled codec for the loop; a plain reference beside it for the tests.
 
-Packet: FF FF, id, length, instruction (or status, in a reply), parameters, checksum. length = parameters + 2; the checksum
-is the inverted low byte of the sum from id to the last parameter. Words are little-endian, signs are a bit of their own.
+Packet: FF FF, id, length, instruction (or status, in a reply), parameters, checksum. length = parameters + 2; the
+checksum is the inverted low byte of the sum from id to the last parameter. Words are little-endian; a sign is a bit.
 
 J joints, L bytes that each servo sends in a sync read. Angles are rad and steps are counted here and nowhere else.
 """
@@ -67,7 +67,7 @@ class StatusPacket(NamedTuple):
     parameters: bytes
 
 
-def checksum(body: bytes) -> int:
+def checksum(body: bytes | bytearray) -> int:
     """Of everything between header and checksum."""
     return ~sum(body) & 0xFF
 
@@ -242,10 +242,7 @@ def reply_fault(data: NDArray[np.uint8], at: int, received: int, ids: NDArray[np
 
 @njit(cache=True, nogil=True)
 def _is_in(servo_id: int, ids: NDArray[np.uint8], first: int) -> bool:
-    for k in range(first, ids.size):
-        if ids[k] == servo_id:
-            return True
-    return False
+    return bool(np.any(ids[first:] == servo_id))
 
 
 @njit(cache=True, nogil=True)
@@ -262,8 +259,8 @@ def take_states(
 ) -> int:
     """Check J replies of a sync read and store them (J,); all of them or none.
 
-    Returns OK, or fault + 16 j of the first bad reply. SERVO_FAULT + 16 j when the replies are good and were stored, and
-    servo j is the first whose status byte (kept in `status`) is not zero.
+    Returns OK, or fault + 16 j of the first bad reply. SERVO_FAULT + 16 j when the replies are good and were stored,
+    and servo j is the first whose status byte (kept in `status`) is not zero.
     """
     for j in range(ids.size):
         fault = reply_fault(data, j * (STATE_SIZE + OVERHEAD), received, ids, j, STATE_SIZE)

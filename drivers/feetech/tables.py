@@ -5,7 +5,7 @@ Source: Feetech, STS3215 memory table version 3.6, and the SCS communication pro
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Literal
+from typing import Final, Literal
 
 MODEL_NUMBER = 777  # registers 3 and 4 read 9 and 3
 BROADCAST_ID = 0xFE
@@ -62,67 +62,58 @@ class Register:
         return self.low is not None
 
 
-def _rom(
-    name: str, address: int, size: int, default: int, low: int | None, high: int | None, unit: str, sign: int | None = None
-) -> Register:
-    return Register(name, address, size, "eeprom", default, low, high, unit, sign)
-
-
-def _ram(
-    name: str, address: int, size: int, default: int, low: int | None, high: int | None, unit: str, sign: int | None = None
-) -> Register:
-    return Register(name, address, size, "sram", default, low, high, unit, sign)
-
-
+_ROM: Final = "eeprom"
+_RAM: Final = "sram"
 REGISTERS = (
-    _rom("firmware_major", 0, 1, 3, None, None, "1"),
-    _rom("firmware_minor", 1, 1, 6, None, None, "1"),
-    _rom("model_number", 3, 2, MODEL_NUMBER, None, None, "1"),
-    _rom("id", 5, 1, 1, 0, 253, "1"),
-    _rom("baud_rate", 6, 1, 0, 0, 7, "code"),
-    _rom("return_delay", 7, 1, 0, 0, 254, "2 us"),
-    _rom("response_level", 8, 1, 1, 0, 1, "1"),
-    _rom("min_position", 9, 2, 0, 0, 4094, "step"),
-    _rom("max_position", 11, 2, 4095, 1, 4095, "step"),
-    _rom("max_temperature", 13, 1, 70, 0, 100, "degC"),
-    _rom("max_voltage", 14, 1, 80, 0, 254, "0.1 V"),
-    _rom("min_voltage", 15, 1, 40, 0, 254, "0.1 V"),
-    _rom("max_torque", 16, 2, 1000, 0, 1000, "0.1 %"),
-    _rom("phase", 18, 1, 12, 0, 254, "bits"),
-    _rom("unload_condition", 19, 1, 44, 0, 254, "bits"),
-    _rom("alarm_condition", 20, 1, 47, 0, 254, "bits"),
-    _rom("position_p", 21, 1, 32, 0, 254, "1"),
-    _rom("position_d", 22, 1, 32, 0, 254, "1"),
-    _rom("position_i", 23, 1, 0, 0, 254, "1"),
-    _rom("min_startup_torque", 24, 2, 16, 0, 1000, "0.1 %"),
-    _rom("dead_zone_cw", 26, 1, 1, 0, 32, "step"),
-    _rom("dead_zone_ccw", 27, 1, 1, 0, 32, "step"),
-    _rom("protection_current", 28, 2, 500, 0, 511, "6.5 mA"),
-    _rom("angular_resolution", 30, 1, 1, 1, 100, "1"),
-    _rom("position_offset", 31, 2, 0, -2047, 2047, "step", 11),
-    _rom("mode", 33, 1, 0, 0, 3, "code"),
-    _rom("protective_torque", 34, 1, 20, 0, 254, "%"),
-    _rom("protection_time", 35, 1, 200, 0, 254, "10 ms"),
-    _rom("overload_torque", 36, 1, 80, 0, 254, "%"),
-    _rom("velocity_p", 37, 1, 10, 0, 254, "1"),
-    _rom("overcurrent_time", 38, 1, 200, 0, 254, "10 ms"),
-    _rom("velocity_i", 39, 1, 10, 0, 254, "1"),
-    _ram("torque_enable", 40, 1, 0, 0, 128, "code"),
-    _ram("acceleration", 41, 1, 0, 0, 254, "100 step/s^2"),
-    _ram("goal_position", 42, 2, 0, -32766, 32766, "step", 15),
-    _ram("goal_time", 44, 2, 0, 0, 1000, "ms"),
-    _ram("goal_velocity", 46, 2, 0, -32766, 32766, "step/s", 15),
-    _ram("torque_limit", 48, 2, 1000, 0, 1000, "0.1 %"),
-    _ram("lock", 55, 1, 0, 0, 1, "1"),
-    _ram("present_position", 56, 2, 0, None, None, "step", 15),
-    _ram("present_velocity", 58, 2, 0, None, None, "step/s", 15),
-    _ram("present_load", 60, 2, 0, None, None, "0.1 %", 10),
-    _ram("present_voltage", 62, 1, 0, None, None, "0.1 V"),
-    _ram("present_temperature", 63, 1, 0, None, None, "degC"),
-    _ram("write_pending", 64, 1, 0, None, None, "1"),
-    _ram("status", 65, 1, 0, None, None, "bits"),
-    _ram("moving", 66, 1, 0, None, None, "1"),
-    _ram("present_current", 69, 2, 0, None, None, "6.5 mA"),
+    # name, address, size, storage, default, lowest, highest, unit, sign bit
+    Register("firmware_major", 0, 1, _ROM, 3, None, None, "1"),
+    Register("firmware_minor", 1, 1, _ROM, 6, None, None, "1"),
+    Register("model_number", 3, 2, _ROM, MODEL_NUMBER, None, None, "1"),
+    Register("id", 5, 1, _ROM, 1, 0, 253, "1"),
+    Register("baud_rate", 6, 1, _ROM, 0, 0, 7, "code"),
+    Register("return_delay", 7, 1, _ROM, 0, 0, 254, "2 us"),
+    Register("response_level", 8, 1, _ROM, 1, 0, 1, "1"),
+    Register("min_position", 9, 2, _ROM, 0, 0, 4094, "step"),
+    Register("max_position", 11, 2, _ROM, 4095, 1, 4095, "step"),
+    Register("max_temperature", 13, 1, _ROM, 70, 0, 100, "degC"),
+    Register("max_voltage", 14, 1, _ROM, 80, 0, 254, "0.1 V"),
+    Register("min_voltage", 15, 1, _ROM, 40, 0, 254, "0.1 V"),
+    Register("max_torque", 16, 2, _ROM, 1000, 0, 1000, "0.1 %"),
+    Register("phase", 18, 1, _ROM, 12, 0, 254, "bits"),
+    Register("unload_condition", 19, 1, _ROM, 44, 0, 254, "bits"),
+    Register("alarm_condition", 20, 1, _ROM, 47, 0, 254, "bits"),
+    Register("position_p", 21, 1, _ROM, 32, 0, 254, "1"),
+    Register("position_d", 22, 1, _ROM, 32, 0, 254, "1"),
+    Register("position_i", 23, 1, _ROM, 0, 0, 254, "1"),
+    Register("min_startup_torque", 24, 2, _ROM, 16, 0, 1000, "0.1 %"),
+    Register("dead_zone_cw", 26, 1, _ROM, 1, 0, 32, "step"),
+    Register("dead_zone_ccw", 27, 1, _ROM, 1, 0, 32, "step"),
+    Register("protection_current", 28, 2, _ROM, 500, 0, 511, "6.5 mA"),
+    Register("angular_resolution", 30, 1, _ROM, 1, 1, 100, "1"),
+    Register("position_offset", 31, 2, _ROM, 0, -2047, 2047, "step", 11),
+    Register("mode", 33, 1, _ROM, 0, 0, 3, "code"),
+    Register("protective_torque", 34, 1, _ROM, 20, 0, 254, "%"),
+    Register("protection_time", 35, 1, _ROM, 200, 0, 254, "10 ms"),
+    Register("overload_torque", 36, 1, _ROM, 80, 0, 254, "%"),
+    Register("velocity_p", 37, 1, _ROM, 10, 0, 254, "1"),
+    Register("overcurrent_time", 38, 1, _ROM, 200, 0, 254, "10 ms"),
+    Register("velocity_i", 39, 1, _ROM, 10, 0, 254, "1"),
+    Register("torque_enable", 40, 1, _RAM, 0, 0, 128, "code"),
+    Register("acceleration", 41, 1, _RAM, 0, 0, 254, "100 step/s^2"),
+    Register("goal_position", 42, 2, _RAM, 0, -32766, 32766, "step", 15),
+    Register("goal_time", 44, 2, _RAM, 0, 0, 1000, "ms"),
+    Register("goal_velocity", 46, 2, _RAM, 0, -32766, 32766, "step/s", 15),
+    Register("torque_limit", 48, 2, _RAM, 1000, 0, 1000, "0.1 %"),
+    Register("lock", 55, 1, _RAM, 0, 0, 1, "1"),
+    Register("present_position", 56, 2, _RAM, 0, None, None, "step", 15),
+    Register("present_velocity", 58, 2, _RAM, 0, None, None, "step/s", 15),
+    Register("present_load", 60, 2, _RAM, 0, None, None, "0.1 %", 10),
+    Register("present_voltage", 62, 1, _RAM, 0, None, None, "0.1 V"),
+    Register("present_temperature", 63, 1, _RAM, 0, None, None, "degC"),
+    Register("write_pending", 64, 1, _RAM, 0, None, None, "1"),
+    Register("status", 65, 1, _RAM, 0, None, None, "bits"),
+    Register("moving", 66, 1, _RAM, 0, None, None, "1"),
+    Register("present_current", 69, 2, _RAM, 0, None, None, "6.5 mA"),
 )
 REGISTER = {register.name: register for register in REGISTERS}
 MEMORY_SIZE = 71

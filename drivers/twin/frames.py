@@ -1,14 +1,13 @@
 """Frames and world snapshots between processes: a ring of slots in shared memory. One writer, any number of readers.
 
-A slot is guarded twice: a counter, odd while it is written, tells a reader to look again; a checksum of the pixels makes
-sure on processors that reorder writes. Nobody ever waits. No simulator here: the runtime reads its cameras with this.
+A slot is guarded twice: a counter, odd while it is written, tells a reader to look again; a checksum of the pixels
+makes sure on processors that reorder writes. Nobody ever waits. No simulator here: the runtime reads cameras with it.
 """
 
 import mmap
 import os
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +76,7 @@ class RingWriter:
         words, target = self._ring.words[sequence % _SLOTS], self._ring.payloads[sequence % _SLOTS]
         words[0] += 1
         target[:] = payload
-        words[1:4] = sequence, t_ns, zlib.crc32(target)
+        words[1:4] = sequence, t_ns, zlib.crc32(target.data)
         words[0] += 1
         self._ring.head[5] = self._sequence = sequence
 
@@ -94,7 +93,7 @@ class RingReader:
         try:
             fd = os.open(SHARED_MEMORY / name, os.O_RDONLY)
         except OSError as fault:
-            raise FramesMissing(f"there are no shared frames named {name}: start the twin, and use the names it prints") from fault
+            raise FramesMissing(f"no frames are named {name}: start the twin, and use the names it prints") from fault
         try:
             memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         except ValueError as fault:
@@ -133,7 +132,7 @@ class RingReader:
     def _take(words: NDArray[np.int64], source: NDArray[np.uint8]) -> Stamped | None:
         guard, sequence, t_ns, check = words[:4].tolist()
         payload = source.copy()
-        if guard & 1 or words[0] != guard or zlib.crc32(payload) != check:
+        if guard & 1 or words[0] != guard or zlib.crc32(payload.data) != check:
             return None
         return Stamped(sequence, t_ns, payload)
 
@@ -164,7 +163,7 @@ class SharedFrameCamera:
     def __enter__(self) -> "SharedFrameCamera":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close()
 
     def latest(self) -> Frame | None:

@@ -1,7 +1,7 @@
 """The far end of the bus: STS3215 servos as register files, bytes in, bytes and wire time out. No clock, no port.
 
-What a servo does with a packet follows the protocol manual: a wrong checksum is ignored, a broadcast is not answered, sync
-reads are answered in the order of the ids, EEPROM writes survive a power cycle only when `lock` is 0.
+What a servo does with a packet follows the protocol manual: a wrong checksum is ignored, a broadcast is not answered,
+sync reads are answered in the order of the ids, EEPROM writes survive a power cycle only when `lock` is 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -156,7 +156,7 @@ class Servo:
 class ServoBank:
     """All servos of one bus. on_goals is called with the goals (J,) in steps of each sync write of goal positions."""
 
-    def __init__(self, ids: Sequence[int], on_goals: Callable[[list[int]], None] = lambda goals: None) -> None:
+    def __init__(self, ids: Sequence[int], on_goals: Callable[[list[int]], None] | None = None) -> None:
         self.servos = [Servo(servo_id) for servo_id in ids]
         self.counts = {"packets": 0, "bad_checksums": 0, "goal_writes": 0, "state_reads": 0}
         self._on_goals = on_goals
@@ -250,7 +250,8 @@ class ServoBank:
         goal = REGISTER["goal_position"].address
         if address <= goal < address + size:
             self.counts["goal_writes"] += 1
-            self._on_goals([servo.get("goal_position") for servo in self.servos])
+            if self._on_goals is not None:
+                self._on_goals([servo.get("goal_position") for servo in self.servos])
 
 
 def _delay_ns(servo: Servo) -> int:
