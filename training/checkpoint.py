@@ -96,7 +96,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for path in files:
         for name, tensor in _read_file(path).items():
             if name in tensors:
-                raise CheckpointError(f"{path}: a second '{name}': remove the file that does not belong to the checkpoint")
+                raise CheckpointError(
+                    f"{path}: a second '{name}': remove the file that does not belong to the checkpoint"
+                )
             tensors[name] = tensor
     return tensors
 

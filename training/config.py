@@ -17,9 +17,13 @@ TIME_BUCKETS = 1000
 # The templates a checkpoint may name, with the system message each one stands for.
 SYSTEM_MESSAGES = {
     "being_h0": "You are Being-H0, a helpful and harmless AI assistant developed by BeingBeyond.",
-    "internvl2_5": "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+    "internvl2_5": (
+        "你是书生·万象，英文名是InternVL，"
+        "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+    ),
     "internlm2-chat": (
-        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+        "英文名叫InternVL, 是一个有用无害的人工智能助手。"
     ),
 }
 PROMPT_TEMPLATES = {
@@ -226,7 +230,9 @@ def parse_config(document: object, *, rope: str | None = None) -> PolicyConfig:
         raise ConfigError(f"config.json is no JSON object: its model_type must be '{MODEL_TYPE}'")
     root = _Section("config.json", document)
     if document.get("model_type") != MODEL_TYPE:
-        raise ConfigError(f"config.json: unknown model_type {document.get('model_type')!r}: only '{MODEL_TYPE}' is known")
+        raise ConfigError(
+            f"config.json: unknown model_type {document.get('model_type')!r}: only '{MODEL_TYPE}' is known"
+        )
     _refuse_other_networks(root)
     own = root.section("onbeat") if "onbeat" in document else _Section("onbeat", {})
     return PolicyConfig(

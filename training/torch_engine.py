@@ -103,7 +103,9 @@ def build_engine(
     enable_rtc: False ignores prev_chunk even where the checkpoint was trained with a prefix.
     """
     sampler = choose_sampler(policy.config, overrides, directions=directions)
-    return TorchEngine(policy.eval(), describe_policy(policy.config, sampler, views), enable_rtc and policy.config.delay.trained)
+    return TorchEngine(
+        policy.eval(), describe_policy(policy.config, sampler, views), enable_rtc and policy.config.delay.trained
+    )
 
 
 def open_engine(

@@ -27,7 +27,9 @@ class TwoLayers(nn.Module):
 def embed_time(bucket: Tensor, width: int) -> Tensor:
     """Integer time buckets (...) to [sin(t f), cos(t f)] (..., width), f_i = exp(-i ln(1e4) / half)."""
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=bucket.device) * (-math.log(LONGEST_PERIOD) / half))
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=bucket.device) * (-math.log(LONGEST_PERIOD) / half)
+    )
     phase = bucket.float().unsqueeze(-1) * frequencies
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
 

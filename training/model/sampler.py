@@ -46,7 +46,7 @@ class Sampled(NamedTuple):
 
 
 class Lock(NamedTuple):
-    """The first `delay` rows of `rows` (C, A) or (B, C, A) are committed: kept through every step, at the clean time."""
+    """The first `delay` of `rows` (C, A) or (B, C, A) are committed: kept through every step, at the clean time."""
 
     rows: Tensor
     delay: int | Tensor
