@@ -41,7 +41,7 @@ RECORD = np.dtype(
 
 
 class JointLimits(NamedTuple):
-    """Of the command, per joint, (J,) float64: range in rad, largest speed in rad/s, largest acceleration in rad/s^2."""
+    """Of the command, per joint (J,) float64: range in rad, largest speed in rad/s and acceleration in rad/s^2."""
 
     q_min: NDArray[np.float64]
     q_max: NDArray[np.float64]

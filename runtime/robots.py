@@ -1,0 +1,230 @@
+"""Robots as this runtime drives them: rates, limits, cameras, port, and what each does when a run ends.
+
+`ROBOTS` has the named ones; a TOML file of the same field names overrides any of them. What the policy's numbers mean
+is the embodiment's (`onbeat.embodiment`); here is what this machine and this arm add to it.
+"""
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onbeat.calibration.joints import FACTORY
+from onbeat.embodiment.errors import OnbeatError
+from onbeat.embodiment.robot import ABSOLUTE, DELTA_PER_STEP, RELATIVE_TO_OBSERVATION
+from onbeat.embodiment.schema import Embodiment, load_embodiment
+from onbeat.embodiment.slots import suggest
+from onbeat.runtime.tick import JointLimits
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# J joints, C rows of a chunk.
+
+HOLD = "hold"
+RELAX = "relax"
+LIMIT_FIELDS = {"q_min": "lower", "q_max": "upper", "v_max": "velocity", "a_max": "acceleration"}
+
+
+class RobotError(OnbeatError):
+    """An unknown robot, a robot file that is wrong, or a robot that the policy's actions do not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class RobotConfig:
+    """One robot. Limits per joint: q_min, q_max in rad, v_max in rad/s, a_max in rad/s^2; empty means the embodiment's.
+
+    cameras: view name -> name of its shared-memory ring; the twin names its own. max_frame_age_ms: an older newest
+    frame is stale, and no inference starts from it. on_exit: "hold" (torque stays on) or "relax" (torque off, an arm
+    falls). margin_steps: policy steps added to the measured delay. execute_steps: of a chunk, before the next
+    inference starts; 0 starts it at once. port: the servo bus, empty when it must be given.
+    """
+
+    name: str
+    embodiment: str
+    is_simulated: bool
+    loop_rate_hz: float = 100.0
+    q_min: tuple[float, ...] = ()
+    q_max: tuple[float, ...] = ()
+    v_max: tuple[float, ...] = ()
+    a_max: tuple[float, ...] = ()
+    cameras: Mapping[str, str] = field(default_factory=dict)
+    max_frame_age_ms: float = 500.0
+    port: str = ""
+    baud_rate: int = 1_000_000
+    bus_retries: int = 2
+    calibration: str = str(FACTORY)
+    on_exit: str = HOLD
+    margin_steps: int = 1
+    execute_steps: int = 0
+
+
+ROBOTS = {
+    robot.name: robot
+    for robot in (
+        RobotConfig("so101-twin", embodiment="so101", is_simulated=True),
+        RobotConfig("so101", embodiment="so101", is_simulated=False),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Robot:
+    """A config with what its embodiment says, checked to fit. joints: (J,) names in the order of every array."""
+
+    config: RobotConfig
+    embodiment: Embodiment
+    joints: tuple[str, ...]
+    limits: JointLimits
+
+    @property
+    def policy_period_ns(self) -> int:
+        return self.embodiment.policy_period_ns
+
+
+def load_robot(name: str, override: Path | None = None) -> Robot:
+    """A named robot, with the fields of a TOML file in place of its own. Raises RobotError, EmbodimentError."""
+    if name not in ROBOTS:
+        raise RobotError(f"unknown robot '{name}': {suggest(name, ROBOTS)}")
+    return build_robot(apply_toml(ROBOTS[name], override) if override else ROBOTS[name])
+
+
+def apply_toml(robot: RobotConfig, path: Path) -> RobotConfig:
+    """`robot` with the fields that a file names. An unknown field is an error with the closest name."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RobotError(f"{path} cannot be read ({error.strerror}): give the path of a robot file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RobotError(f"{path} is no TOML file ({error}): mend that place") from None
+    return replace(robot, **{name: _field(robot, name, value, path) for name, value in document.items()})
+
+
+def _field(robot: RobotConfig, name: str, value: Any, path: Path) -> Any:
+    known = [f.name for f in fields(RobotConfig) if f.name not in ("name", "is_simulated")]
+    if name not in known:
+        closest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        remedy = f"did you mean '{closest[0]}'?" if closest else f"choose from {', '.join(known)}"
+        raise RobotError(f"{path}: unknown field '{name}': {remedy}")
+    present = getattr(robot, name)
+    if isinstance(present, float) and type(value) is int:
+        return float(value)
+    if isinstance(present, tuple) and isinstance(value, list):
+        return tuple(float(v) for v in value if isinstance(v, (int, float)))
+    if type(value) is not type(present):
+        raise RobotError(f"{path}: {name} = {value!r}: it must be a {type(present).__name__}, such as {present!r}")
+    return value
+
+
+def build_robot(config: RobotConfig) -> Robot:
+    """Join a config with its embodiment. Raises RobotError where they do not fit, EmbodimentError for no limits."""
+    embodiment = load_embodiment(config.embodiment)
+    keys_without_joints = [key.name for key in embodiment.action if len(key.joints) != key.size]
+    if keys_without_joints:
+        raise RobotError(
+            f"{config.name}: action '{keys_without_joints[0]}' of '{embodiment.name}' is not joints, "
+            "and this runtime commands joints: choose an embodiment whose actions are"
+        )
+    _check_config(config)
+    return Robot(config, embodiment, embodiment.joints, _limits(config, embodiment))
+
+
+def _check_config(config: RobotConfig) -> None:
+    if not 10 <= config.loop_rate_hz <= 1000:
+        raise RobotError(f"{config.name}: loop_rate_hz = {config.loop_rate_hz}: choose 10 to 1000")
+    if config.on_exit not in (HOLD, RELAX):
+        raise RobotError(f"{config.name}: on_exit = '{config.on_exit}': choose '{HOLD}' or '{RELAX}'")
+    if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or config.execute_steps < 0:
+        raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, margin_steps and execute_steps 0 or more")
+
+
+def _limits(config: RobotConfig, embodiment: Embodiment) -> JointLimits:
+    published = embodiment.limits()
+    values = {name: _limit(config, name, getattr(published, other)) for name, other in LIMIT_FIELDS.items()}
+    limits = JointLimits(**values)
+    if not (np.isfinite(limits).all() and (limits.q_min < limits.q_max).all()):
+        raise RobotError(f"{config.name}: every joint needs finite limits, q_min below q_max: correct the robot file")
+    if not ((limits.v_max > 0).all() and (limits.a_max > 0).all()):
+        raise RobotError(f"{config.name}: v_max and a_max must be above 0 for every joint: correct the robot file")
+    return limits
+
+
+def _limit(config: RobotConfig, name: str, published: tuple[float, ...]) -> NDArray[np.float64]:
+    """The stricter of the robot file's and the embodiment's; a file cannot widen what the embodiment allows."""
+    own = getattr(config, name)
+    if own and len(own) != len(published):
+        raise RobotError(f"{config.name}: {name} has {len(own)} numbers: give {len(published)}, one per joint")
+    if not own:
+        return np.array(published, np.float64)
+    return (np.maximum if name == "q_min" else np.minimum)(np.array(own), np.array(published))
+
+
+def joint_targets(
+    actions: Mapping[str, NDArray[Any]],
+    robot: Robot,
+    *,
+    committed_q: NDArray[np.float64],
+    observed_q: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Decoded action keys {key: (C, d)} as absolute joint targets (C, J) in rad.
+
+    `absolute` keys are targets already. `delta_per_step` keys are summed from committed_q (J,), what the robot was
+    committed to when row 0 is due. `relative_to_observation` keys are added to observed_q (J,), the state the policy
+    saw.
+    """
+    rows = robot.embodiment.flatten(actions)
+    stop = 0
+    for key in robot.embodiment.action:
+        start, stop = stop, stop + key.size
+        if key.kind == DELTA_PER_STEP:
+            rows[:, start:stop] = committed_q[start:stop] + np.cumsum(rows[:, start:stop], axis=0)
+        elif key.kind == RELATIVE_TO_OBSERVATION:
+            rows[:, start:stop] += observed_q[start:stop]
+    return rows
+
+
+def action_values(
+    targets: NDArray[np.float64],
+    robot: Robot,
+    *,
+    committed_q: NDArray[np.float64],
+    observed_q: NDArray[np.float64],
+) -> dict[str, NDArray[np.float64]]:
+    """The inverse of `joint_targets`: targets (C, J) as {key: (C, d)}, for a prefix that repeats what is committed."""
+    rows, stop = targets.copy(), 0
+    for key in robot.embodiment.action:
+        start, stop = stop, stop + key.size
+        if key.kind == DELTA_PER_STEP:
+            rows[:, start:stop] = np.diff(targets[:, start:stop], axis=0, prepend=committed_q[None, start:stop])
+        elif key.kind == RELATIVE_TO_OBSERVATION:
+            rows[:, start:stop] -= observed_q[start:stop]
+        else:
+            assert key.kind == ABSOLUTE, key.kind
+    return robot.embodiment.split(rows)
+
+
+def limits_table(robot: Robot) -> str:
+    """What the arm may do, a line per joint, in degrees for a person."""
+    degrees = [np.degrees(limit) for limit in robot.limits]
+    lines = [f"{'joint':<16}{'range / deg':>20}{'deg/s':>8}{'deg/s^2':>10}"]
+    for name, low, high, speed, acceleration in zip(robot.joints, *degrees, strict=True):
+        lines.append(f"{name:<16}{low:>9.1f} to {high:>7.1f}{speed:>8.0f}{acceleration:>10.0f}")
+    return "\n".join(lines)
+
+
+def as_json(config: RobotConfig) -> dict[str, Any]:
+    """A config as JSON carries it to the daemon; `from_json` reads it back."""
+    return asdict(config)
+
+
+def from_json(values: Mapping[str, Any]) -> RobotConfig:
+    """The inverse of `as_json`."""
+    arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return RobotConfig(**arguments)
