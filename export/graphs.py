@@ -1,0 +1,43 @@
+"""From a network in PyTorch to the two ONNX files and the weights they share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+
+from onbeat.export.flow_graph import add_flow
+from onbeat.export.graph import Graph, WeightFile
+from onbeat.export.layers import ROPE, Parameters
+from onbeat.export.prefix_graph import PrefixLayout, add_prefix
+from onbeat.runtime.engine import SamplerSpec
+from onbeat.training.checkpoint import publish_name
+from onbeat.training.model.policy import Policy
+
+PREFIX_FILE = "prefix.onnx"
+FLOW_FILE = "flow.onnx"
+WEIGHTS_FILE = "weights.bin"
+
+
+def write_graphs(policy: Policy, layout: PrefixLayout, sampler: SamplerSpec, folder: Path) -> None:
+    """Write prefix.onnx, flow.onnx and weights.bin into `folder`."""
+    parameters, config = published_parameters(policy), policy.config
+    weights = WeightFile(folder / WEIGHTS_FILE)
+    try:
+        _write(folder / PREFIX_FILE, parameters, weights, lambda graph: add_prefix(graph, config, layout))
+        _write(folder / FLOW_FILE, parameters, weights, lambda graph: add_flow(graph, config, sampler))
+    finally:
+        weights.close()
+    for name in (PREFIX_FILE, FLOW_FILE):
+        onnx.checker.check_model(folder / name)
+
+
+def published_parameters(policy: Policy) -> Parameters:
+    """The network's parameters by published name, and the rotary frequencies it computed."""
+    parameters = {publish_name(name): value.detach().numpy() for name, value in policy.state_dict().items()}
+    return {**parameters, ROPE: policy.language_model.rotary.inverse_frequency.numpy()}
+
+
+def _write(path: Path, parameters: Parameters, weights: WeightFile, add: Callable[[Graph], None]) -> None:
+    graph = Graph(path.stem, parameters, weights)
+    add(graph)
+    path.write_bytes(graph.model().SerializeToString(deterministic=True))
