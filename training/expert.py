@@ -29,13 +29,14 @@ TOOL_M, TOOL_SIDE_M = 0.0611 + 0.0920, 0.0046
 DOWN_RAD = math.pi / 2
 OPEN_RAD = 0.65
 CLOSED_RAD = 0.12
+HELD_STEPS = 5  # lifted for 0.5 s without interruption is success
 FIRM_RAD = 0.08  # the goal this far beyond the jaw: the servo presses with all it has
 
 GRASP_HEIGHT_M = CUBE_SIDE_M / 2
 HOVER_HEIGHT_M = 0.065
 CARRY_HEIGHT_M = GRASP_HEIGHT_M + 0.09
 CLEAR_HEIGHT_M = 0.045  # the jaws pass over the cube from here on
-FUNNEL_RADIUS_M, FUNNEL_SLOPE = 0.003, 8.0  # the jaws may come down the closer they are to the spot
+ARRIVED_M, STILL_RAD_S = 0.005, 0.25
 STANDOFF_M = 0.012  # the fixed jaw comes down this far short of the cube; closing brings the cube to it
 
 MAX_SPEED_RAD_S = 1.8
@@ -108,18 +109,21 @@ class Expert:
         cube, grip, goal = polar(truth.cube_position_m), forward(position_rad), forward(self.goal_rad)
         if truth.grasped and self.goal_rad[5] < position_rad[5] - FIRM_RAD:
             return inverse(Grip(goal.radius_m, goal.azimuth_rad, CARRY_HEIGHT_M), CLOSED_RAD)
-        ahead, aside = offset(cube, grip)
-        if grip.height_m < CLEAR_HEIGHT_M:
-            return self._low_target(goal, grip, is_between=-0.005 < ahead < 0.024 and abs(aside) < 0.008)
-        error = max(math.hypot(ahead - STANDOFF_M, aside) - FUNNEL_RADIUS_M, 0.0)
-        height = min(GRASP_HEIGHT_M + FUNNEL_SLOPE * error, HOVER_HEIGHT_M)
-        return inverse(Grip(cube.radius_m - STANDOFF_M, cube.azimuth_rad, height), OPEN_RAD)
+        if not self._may_descend(cube, grip):
+            above = cube.radius_m - STANDOFF_M, cube.azimuth_rad
+            place = above if grip.height_m > CLEAR_HEIGHT_M else (goal.radius_m, goal.azimuth_rad)
+            return inverse(Grip(*place, HOVER_HEIGHT_M), OPEN_RAD)
+        is_down = grip.height_m < GRASP_HEIGHT_M + ARRIVED_M
+        place = (goal.radius_m, goal.azimuth_rad) if is_down else (cube.radius_m - STANDOFF_M, cube.azimuth_rad)
+        return inverse(Grip(*place, GRASP_HEIGHT_M), CLOSED_RAD if is_down else OPEN_RAD)
 
-    def _low_target(self, goal: Grip, grip: Grip, *, is_between: bool) -> NDArray[np.float64]:
-        if not is_between:
-            return inverse(Grip(goal.radius_m, goal.azimuth_rad, HOVER_HEIGHT_M), OPEN_RAD)
-        is_down = grip.height_m < GRASP_HEIGHT_M + 0.006
-        return inverse(Grip(goal.radius_m, goal.azimuth_rad, GRASP_HEIGHT_M), CLOSED_RAD if is_down else OPEN_RAD)
+    def _may_descend(self, cube: Grip, grip: Grip) -> bool:
+        """From hovering: once at rest over the spot. Lower down: while the cube is between the jaws."""
+        ahead, aside = offset(cube, grip)
+        if grip.height_m > HOVER_HEIGHT_M - ARRIVED_M:
+            is_still = float(np.max(np.abs(self._velocity_rad_s))) < STILL_RAD_S
+            return is_still and math.hypot(ahead - STANDOFF_M, aside) < ARRIVED_M
+        return -0.005 < ahead < 0.024 and abs(aside) < 0.008
 
 
 def approach(
@@ -144,3 +148,41 @@ def execute(world: World, start_rad: NDArray[np.float64], end_rad: NDArray[np.fl
         goal = start_rad + (end_rad - start_rad) * (tick / TICKS_PER_STEP)
         world.set_goal_rad(np.round(goal / SERVO_STEP_RAD) * SERVO_STEP_RAD)
         world.step(TICK_NS)
+
+
+def lift(world: World, *, limit_s: float = 15.0) -> float | None:
+    """Let the expert lift the cube of `world`; the simulated time in s until it was held up, or None if it never was."""
+    expert = Expert(world.position_rad)
+    held = 0
+    for step in range(round(limit_s * 1e9) // POLICY_PERIOD_NS):
+        goal = expert.goal_rad
+        execute(world, goal, expert.advance(world.truth(), world.position_rad))
+        held = held + 1 if world.truth().lifted else 0
+        if held >= HELD_STEPS:
+            return (step + 1) * POLICY_PERIOD_NS / 1e9
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the expert's success over fresh seeds, from home and from raised poses in turn."""
+    parser = argparse.ArgumentParser(
+        prog="python -m onbeat.training.expert", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=50, help="worlds to try")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    options = parser.parse_args(argv)
+    world = World()
+    times = []
+    for seed in range(options.first, options.first + options.seeds):
+        world.reset(seed, start="random" if seed % 2 else "home")
+        times.append(lift(world))
+    lifted = [t for t in times if t is not None]
+    missed = [options.first + i for i, t in enumerate(times) if t is None]
+    print(f"lifted {len(lifted)}/{len(times)}   seeds missed: {missed or 'none'}")
+    if lifted:
+        print(f"time to 0.5 s held, s: p50 {np.median(lifted):.1f}   p95 {np.quantile(lifted, 0.95):.1f}   max {max(lifted):.1f}")
+    return 0 if lifted else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
