@@ -2,7 +2,7 @@
 
     python -m onbeat.training.demonstrations --episodes 450 --seed 1000 --out DIR --workers 2
 
-Letters: T policy steps, V views, H x W pixels, J joints. docs/decisions/0010-demonstrations.md says why each part is there.
+Letters: T policy steps, V views, H x W pixels, J joints. What and why: docs/decisions/0010-demonstrations.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ INSTRUCTION = "lift the red cube"
 FORMAT, VERSION = "onbeat-demonstrations", 1
 FRAME_SIZE = (112, 112)
 LIFTS_PER_CHAIN = 3
-HELD_STEPS = 8
+REST_STEPS = 5  # held still at the end of a lift
 MAX_STEPS = 150
 
 
@@ -40,10 +40,11 @@ class DemonstrationsError(OnbeatError):
 class Demonstration:
     """One lift, policy step k at time t_k.
 
-    frames: (T, V, H, W, 3) uint8, as seen at t_k. state_rad: (T, J) float32, measured at t_k. action_rad: (T, J) float32, the
-    expert's goal due at t_k, free of the disturbance that was executed with it. cube_m: (T, 3) float32, for analysis and for
-    auxiliary losses in training only. start: "home", "random", "near" or "chained" (the arm as the lift before left it).
-    After the last step the expert holds: a chunk that reaches beyond it repeats the last row.
+    frames: (T, V, H, W, 3) uint8, as seen at t_k. state_rad: (T, J) float32, measured at t_k. action_rad: (T, J)
+    float32, the expert's goal due at t_k, free of the disturbance that was executed with it. cube_m: (T, 3) float32,
+    for analysis and for auxiliary losses in training only. start: "home", "random", "near" (beside the cube) or
+    "chained" (the arm as the lift before left it).
+    At the last step the expert holds still: a chunk that reaches beyond it repeats the last row.
     """
 
     frames: NDArray[np.uint8]
@@ -111,7 +112,7 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise DemonstrationsError(f"{path} is not {FORMAT} version {VERSION}: collect the folder again")
     missing = [name for name in index.get("files", []) if not (directory / name).is_file()]
     if missing:
-        raise DemonstrationsError(f"{directory} lacks {missing[0]} and {len(missing) - 1} more: collect the folder again")
+        raise DemonstrationsError(f"{directory} lacks {missing[0]} ({len(missing)} in all): collect the folder again")
     return index
 
 
@@ -146,7 +147,7 @@ class Disturbance:
 
 
 def collect_chain(world: World, seed: int) -> Iterator[Demonstration]:
-    """Up to `LIFTS_PER_CHAIN` lifts in a row: the cube is put elsewhere while the arm is still up. Ends at a failed lift."""
+    """Up to `LIFTS_PER_CHAIN` lifts, the cube put elsewhere while the arm is still up. Ends at a failed lift."""
     rng = np.random.default_rng(seed)
     start = _place_arm(world, seed, rng)
     disturbance = Disturbance(rng) if rng.random() < 0.7 else None
@@ -200,8 +201,10 @@ class Progress:
         self._done += 1
         elapsed_s = (time.monotonic_ns() - self._began_ns) / 1e9
         left_s = elapsed_s / self._done * (self._chains - self._done)
-        line = f"\r{self._done}/{self._chains} chains  {steps} steps  {steps / elapsed_s:.0f} steps/s  {left_s:.0f} s left "
-        print(line, end="" if self._done < self._chains else "\n", file=sys.stderr, flush=True)
+        line = (
+            f"{self._done}/{self._chains} chains  {steps} steps  {steps / elapsed_s:.0f} steps/s  {left_s:.0f} s left "
+        )
+        print("\r" + line, end="" if self._done < self._chains else "\n", file=sys.stderr, flush=True)
 
 
 def _place_arm(world: World, seed: int, rng: np.random.Generator) -> str:
@@ -225,8 +228,8 @@ def _collect_lift(world: World, seed: int, start: str, disturbance: Disturbance 
     expert = Expert(world.goal_rad)
     executed = expert.goal_rad
     rows: list[tuple[NDArray[Any], ...]] = []
-    held = 0
-    while held < HELD_STEPS:
+    rested = 0
+    while rested < REST_STEPS:
         if len(rows) == MAX_STEPS:
             return None
         truth, position = world.truth(), world.position_rad
@@ -235,7 +238,7 @@ def _collect_lift(world: World, seed: int, start: str, disturbance: Disturbance 
         disturbed = goal if disturbance is None else goal + disturbance.advance()
         execute(world, executed, disturbed)
         executed = disturbed
-        held = held + 1 if world.truth().lifted else 0
+        rested = rested + 1 if world.truth().lifted and expert.is_still() else 0
     return _demonstration(rows, seed, start)
 
 
@@ -272,9 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(arguments)
     command = " ".join(["python -m onbeat.training.demonstrations", *arguments])
-    index = collect(
-        options.out, episodes=options.episodes, seed=options.seed, workers=options.workers, command=command
-    )
+    index = collect(options.out, episodes=options.episodes, seed=options.seed, workers=options.workers, command=command)
     print(f"{len(index['files'])} lifts, {index['steps']} steps in {options.out}")
     return 0
 

@@ -70,7 +70,7 @@ def backend() -> str:
 
 
 def egl_works() -> bool:
-    """Whether some EGL device initialises. Asked of the library itself: PyOpenGL can try only one platform per process."""
+    """Whether some EGL device initialises. Asked of the library: PyOpenGL can try only one platform per process."""
     try:
         egl = ctypes.CDLL("libEGL.so.1")
         egl.eglGetProcAddress.restype = ctypes.c_void_p

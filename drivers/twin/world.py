@@ -1,6 +1,6 @@
 """The twin's world: an SO-101, a table and a red cube in MuJoCo. Simulated time only; nothing here knows a wall clock.
 
-    python -m onbeat.drivers.twin.world --picture docs/images/twin.png
+python -m onbeat.drivers.twin.world --picture docs/images/twin.png
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Truth:
 
 
 class World:
-    """One arm and one cube, stepped by the caller. Not thread-safe; `render` belongs to the thread that first called it."""
+    """One arm and one cube, stepped by the caller. Not thread-safe; `render` belongs to its first caller's thread."""
 
     def __init__(self, seed: int = 0, frame_size: tuple[int, int] = (112, 112)) -> None:
         """frame_size: (height, width) of the frames in pixels, at most 480 x 640."""
@@ -90,7 +90,7 @@ class World:
         return self.data.actuator_force / self.model.actuator_forcerange[0, 1]
 
     def reset(self, seed: int, *, start: str = "home") -> None:
-        """Put the arm at `start` ("home" with a little noise, or "random": raised, gripper anywhere) and the cube somewhere.
+        """Put the arm at `start` ("home" with a little noise, "random": raised, gripper anywhere), the cube somewhere.
 
         The same seed and start give the same world. All servos hold their position.
         """
@@ -122,7 +122,7 @@ class World:
         mujoco.mj_forward(self.model, self.data)
 
     def set_goal_rad(self, goal: NDArray[np.float64]) -> None:
-        """Position goals (6,) in rad of the servos; clipped to the joints' ranges, as the servos' own angle limits do."""
+        """Position goals (6,) in rad of the servos; clipped to the joints' ranges, as servos clip to theirs."""
         np.clip(goal, self._limits[:, 0], self._limits[:, 1], out=self._goal)
 
     def enable(self, mask: NDArray[np.bool_]) -> None:
@@ -131,14 +131,14 @@ class World:
         self._enabled = np.array(mask, bool)
 
     def step(self, duration_ns: int) -> None:
-        """Advance simulated time; what is left over of `duration_ns` below one physics step is rounded to the nearest."""
+        """Advance simulated time by `duration_ns`, to the nearest whole physics step (2 ms)."""
         for _ in range(round(duration_ns / self._step_ns)):
             self._slew()
             mujoco.mj_step(self.model, self.data)
             self._steps += 1
 
     def render(self, view: str) -> NDArray[np.uint8]:
-        """A new frame (height, width, 3) uint8 RGB of a camera: one of `VIEWS`, or "picture". Raises RenderUnavailable."""
+        """A new frame (height, width, 3) uint8 RGB of one of `VIEWS`, or of "picture". Raises RenderUnavailable."""
         if self._renderer is None:
             self._renderer = Renderer(self.model, *self.frame_size)
         return self._renderer.draw(self.data, view)
@@ -190,9 +190,10 @@ class World:
         return self.data.site("grasp").xpos.copy()
 
     def _is_grasped(self) -> bool:
-        cube = self.model.geom("cube").id
-        touching = {pair for contact in self.data.contact[: self.data.ncon] for pair in contact.geom if cube in contact.geom}
-        return {self.model.geom("fixed_jaw").id, self.model.geom("moving_jaw").id} <= touching
+        cube, *jaws = (self.model.geom(name).id for name in ("cube", "fixed_jaw", "moving_jaw"))
+        pairs = self.data.contact.geom
+        touching = pairs[(pairs == cube).any(axis=1)]
+        return set(jaws) <= set(touching.ravel().tolist())
 
 
 def _random_place(rng: np.random.Generator) -> NDArray[np.float64]:
