@@ -104,7 +104,11 @@ def instruction_template(name_or_text: str) -> str:
 
 
 def check_instruction(tokenizer: Tokenizer, instruction: str) -> None:
-    """Raise InstructionError when any part of the instruction would be read as a special token."""
+    """Raise InstructionError when any part of the instruction would be read as a special token, or is no text."""
+    try:
+        instruction.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InstructionError("the instruction is not valid Unicode: type it again") from None
     added = tokenizer.get_added_tokens_decoder()
     found = sorted({added[i].content for i in tokenize(tokenizer, instruction) if i in added})
     if found:
