@@ -68,11 +68,6 @@ def load_statistics(folder: Path, dataset: str | None = None, variant: str | Non
     return Statistics(name, taken, sides["state"], sides["action"])
 
 
-def has_statistics(folder: Path) -> bool:
-    """Whether a folder carries any metadata file."""
-    return bool(_metadata_files(folder))
-
-
 def check_statistics(statistics: Statistics, robot: Embodiment) -> None:
     """Raise MetadataError unless there is a finite number for every number that the robot's normalisation needs."""
     for side, keys, known in (("state", robot.state, statistics.state), ("action", robot.action, statistics.action)):
@@ -100,13 +95,8 @@ def save_statistics(statistics: Statistics, folder: Path) -> Path:
     return path
 
 
-def _metadata_files(folder: Path) -> dict[str, Path]:
-    """By name; the root's before experiment_cfg's."""
-    return {path.name: path for sub in reversed(FOLDERS) for path in sorted((folder / sub).glob(f"*{SUFFIX}"))}
-
-
 def _metadata_file(folder: Path, dataset: str | None) -> Path:
-    found = _metadata_files(folder)
+    found = {path.name: path for sub in reversed(FOLDERS) for path in sorted((folder / sub).glob(f"*{SUFFIX}"))}
     if dataset is not None:
         if f"{dataset}{SUFFIX}" in found:
             return found[f"{dataset}{SUFFIX}"]

@@ -16,7 +16,6 @@ from onbeat.embodiment.metadata import (
     AUTO,
     Statistics,
     check_statistics,
-    has_statistics,
     load_statistics,
     save_statistics,
 )
@@ -103,7 +102,8 @@ class PolicyLanguage:
         """From a checkpoint in the published format, or from a bundle (which names its own embodiment and variant).
 
         embodiment: needed for a checkpoint; a bundle refuses another one (WrongEmbodiment). dataset, variant: see
-        `load_statistics`; None refuses to guess between several. views, template: instead of the checkpoint's own.
+        `load_statistics`; None refuses to guess between several where the robot needs any. views, template: instead of
+        the checkpoint's own.
         Raises LanguageError, and the errors of tokenizer, embodiment, metadata and template.
         """
         folder = Path(folder)
@@ -249,8 +249,8 @@ def _checkpoint_settings(
 
 
 def _statistics(folder: Path, robot: Embodiment, settings: LanguageSettings) -> Statistics | None:
-    """The statistics of the settings' data set; None for a robot that needs none and a folder that has none."""
-    if not robot.needs_statistics and not has_statistics(folder):
+    """The statistics of the settings' data set; None for a robot that needs none, unless some are named."""
+    if not robot.needs_statistics and settings.dataset is None and settings.variant is None:
         return None
     statistics = load_statistics(folder, settings.dataset, settings.variant)
     check_statistics(statistics, robot)

@@ -8,7 +8,6 @@ from onbeat.embodiment.metadata import (
     AmbiguousVariant,
     MetadataError,
     check_statistics,
-    has_statistics,
     load_statistics,
     measure,
     save_statistics,
@@ -90,11 +89,9 @@ def test_broken_json_is_named(tmp_path):
 
 
 def test_which_file(tmp_path):
-    assert not has_statistics(tmp_path)
     with pytest.raises(MetadataError, match="holds statistics of none"):
         load_statistics(tmp_path)
     write(tmp_path / "experiment_cfg", MERGED)
-    assert has_statistics(tmp_path)
     assert load_statistics(tmp_path).state["gripper"]["min"] == 0
     write(tmp_path, {"kitchen": entry(5)})
     assert load_statistics(tmp_path).state["gripper"]["min"] == 5  # the root comes before experiment_cfg

@@ -66,9 +66,12 @@ def test_a_checkpoint_names_no_robot():
         PolicyLanguage.from_folder(CHECKPOINT)
 
 
-def test_variants_are_not_guessed():
+def test_variants_are_not_guessed_once_statistics_matter():
     with pytest.raises(AmbiguousVariant, match="name one variant"):
-        PolicyLanguage.from_folder(CHECKPOINT, embodiment="libero")
+        PolicyLanguage.from_folder(CHECKPOINT, embodiment="so101")
+    with pytest.raises(AmbiguousVariant, match="name one variant"):
+        PolicyLanguage.from_folder(CHECKPOINT, embodiment="libero", dataset="libero_posttrain")
+    assert PolicyLanguage.from_folder(CHECKPOINT, embodiment="libero").statistics is None
     named = PolicyLanguage.from_folder(CHECKPOINT, embodiment="libero", variant="libero_goal")
     assert named.settings.variant == "libero_goal"
 
