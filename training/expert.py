@@ -27,6 +27,8 @@ FORE_M, FORE_RISE_RAD = math.hypot(0.1349, 0.0052), math.atan2(0.0052, 0.1349)
 TOOL_M, TOOL_SIDE_M = 0.0611 + 0.0920, 0.0046
 
 DOWN_RAD = math.pi / 2
+WRIST_MAX_RAD = 1.63  # just inside the joint's range
+LEAN_STEP_RAD = 0.005
 OPEN_RAD = 0.65
 CLOSED_RAD = 0.12
 HELD_STEPS = 5  # lifted for 0.5 s without interruption is success
@@ -64,18 +66,27 @@ def forward(q: NDArray[np.float64]) -> Grip:
 
 
 def inverse(grip: Grip, gripper_rad: float) -> NDArray[np.float64]:
-    """Joint angles (6,) that bring the grip point there with the gripper straight down, elbow up, roll 0.
+    """Joint angles (6,) that bring the grip point there, elbow up, roll 0, the gripper as near to straight down as may be.
 
-    A point out of reach gives the stretched arm nearest to it.
+    Close to the base the wrist reaches its limit first, and the gripper leans outwards. A point out of reach gives the
+    stretched arm nearest to it.
     """
-    x = grip.radius_m - TOOL_SIDE_M - SHOULDER_M[0]
-    z = grip.height_m + TOOL_M - SHOULDER_M[1]
+    tool = DOWN_RAD
+    lift, elbow = _plane(grip, tool)
+    while tool - lift - elbow > WRIST_MAX_RAD:
+        tool -= LEAN_STEP_RAD
+        lift, elbow = _plane(grip, tool)
+    return np.array([-grip.azimuth_rad, lift, elbow, tool - lift - elbow, 0.0, gripper_rad])
+
+
+def _plane(grip: Grip, tool: float) -> tuple[float, float]:
+    """Shoulder lift and elbow flex for the grip point, the tool `tool` rad below the horizontal."""
+    x = grip.radius_m - TOOL_M * math.cos(tool) - TOOL_SIDE_M * math.sin(tool) - SHOULDER_M[0]
+    z = grip.height_m + TOOL_M * math.sin(tool) - TOOL_SIDE_M * math.cos(tool) - SHOULDER_M[1]
     cosine = (x * x + z * z - UPPER_M**2 - FORE_M**2) / (2 * UPPER_M * FORE_M)
     bend = math.acos(min(max(cosine, -1.0), 1.0))
     upper = math.atan2(x, z) - math.atan2(FORE_M * math.sin(bend), UPPER_M + FORE_M * math.cos(bend))
-    lift = upper - UPPER_LEAN_RAD
-    elbow = bend + UPPER_LEAN_RAD + FORE_RISE_RAD - math.pi / 2
-    return np.array([-grip.azimuth_rad, lift, elbow, DOWN_RAD - lift - elbow, 0.0, gripper_rad])
+    return upper - UPPER_LEAN_RAD, bend + UPPER_LEAN_RAD + FORE_RISE_RAD - math.pi / 2
 
 
 def polar(point_m: NDArray[np.float64]) -> Grip:

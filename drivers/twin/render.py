@@ -1,6 +1,7 @@
 """Off-screen pictures of the twin, drawn in software: EGL first, OSMesa where EGL does not work."""
 
 import ctypes
+import importlib
 import os
 from typing import Any
 
@@ -23,10 +24,9 @@ class Renderer:
 
     def __init__(self, model: Any, height: int, width: int) -> None:
         """model: mujoco.MjModel. Raises RenderUnavailable when there is no way to draw."""
-        import mujoco
-
+        mujoco: Any = importlib.import_module("mujoco")  # compiled, without types
         self._mujoco = mujoco
-        self._gl = _open_context(width, height)
+        self._gl: Any = _open_context(width, height)
         self._scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
         self._option = mujoco.MjvOption()
         self._camera = mujoco.MjvCamera()
@@ -95,11 +95,7 @@ def _egl_function(egl: ctypes.CDLL, name: bytes, result: Any) -> Any:
 def _open_context(width: int, height: int) -> Any:
     chosen = backend()
     try:
-        if chosen == "egl":
-            from mujoco.egl import GLContext
-        else:
-            from mujoco.osmesa import GLContext
-        context = GLContext(width, height)
+        context = importlib.import_module(f"mujoco.{chosen}").GLContext(width, height)
         context.make_current()
     except (ImportError, AttributeError, RuntimeError, OSError) as failure:
         raise RenderUnavailable(f"cannot draw the twin's cameras with {chosen} ({failure}): {REMEDY}") from failure

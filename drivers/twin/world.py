@@ -4,16 +4,19 @@ python -m onbeat.drivers.twin.world --picture docs/images/twin.png
 """
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from onbeat.drivers.twin.render import Renderer
+
+mujoco: Any = importlib.import_module("mujoco")  # compiled, without types
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 VIEWS = ("top", "wrist")
