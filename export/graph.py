@@ -92,7 +92,9 @@ class Graph:
         """Add a node with several outputs."""
         path = "/".join([*self._scopes, f"{kind}_{len(self._nodes)}"])
         names = [path] if outputs == 1 else [f"{path}:{k}" for k in range(outputs)]
-        self._nodes.append(helper.make_node(kind, list(inputs), names, name=path, **attributes))
+        node = helper.make_node(kind, list(inputs), names, name=path)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        self._nodes.append(node)
         return names
 
     def parameter(self, name: str) -> str:

@@ -66,7 +66,8 @@ class FlowResult:
 class Engine(Protocol):
     """A policy that can be run. Not thread-safe: one thread owns it."""
 
-    spec: PolicySpec
+    @property
+    def spec(self) -> PolicySpec: ...
 
     def prefix(self, inputs: PolicyInputs) -> Any:
         """Run vision and prefix; returns the engine's own handle on the K/V cache, valid until the next call."""
