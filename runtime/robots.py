@@ -132,6 +132,8 @@ def build_robot(config: RobotConfig) -> Robot:
             f"{config.name}: action '{keys_without_joints[0]}' of '{embodiment.name}' is not joints, "
             "and this runtime commands joints: choose an embodiment whose actions are"
         )
+    if sum(key.size for key in embodiment.state) != len(embodiment.joints):
+        raise RobotError(f"{config.name}: the state of '{embodiment.name}' is not its joints: choose another")
     _check_config(config)
     return Robot(config, embodiment, embodiment.joints, _limits(config, embodiment))
 
@@ -208,6 +210,18 @@ def action_values(
         else:
             assert key.kind == ABSOLUTE, key.kind
     return robot.embodiment.split(rows)
+
+
+def state_values(robot: Robot, joints_rad: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Joint angles (J,) as the values of the state keys, which cover the joints in their order."""
+    stops = np.cumsum([key.size for key in robot.embodiment.state])
+    keys = zip(robot.embodiment.state, stops, strict=True)
+    return {key.name: joints_rad[stop - key.size : stop] for key, stop in keys}
+
+
+def joint_values(robot: Robot, state: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """The inverse of `state_values`: (J,)."""
+    return np.concatenate([np.asarray(state[key.name], np.float64) for key in robot.embodiment.state])
 
 
 def limits_table(robot: Robot) -> str:

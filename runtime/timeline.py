@@ -25,7 +25,7 @@ from onbeat.kernels.interpolate import interpolate
 SLOTS = 4
 EMPTY = -1
 
-LATE = -1  # every own row of the chunk was past: it was counted and dropped
+LATE = -1  # every own row of the chunk was past, or the timeline is closed: it was counted and dropped
 
 
 class Timeline(NamedTuple):
@@ -34,7 +34,7 @@ class Timeline(NamedTuple):
     chunk_id, t0_ns, period_ns, length, first_row, seam_ns: (S,) int64. t0_ns is the due time of row 0, first_row the
     first row of the chunk's own, seam_ns when the slot takes over. targets: (S, H, J) float64 in rad, NaN where
     nothing was due. published, late: (1,) int64, how many chunks were accepted and how many dropped because every row
-    was past.
+    was past. closed: (1,), not 0 once none are taken any more.
     """
 
     chunk_id: NDArray[np.int64]
@@ -46,6 +46,7 @@ class Timeline(NamedTuple):
     targets: NDArray[np.float64]
     published: NDArray[np.int64]
     late: NDArray[np.int64]
+    closed: NDArray[np.int64]
 
 
 def new_timeline(rows: int, joints: int, slots: int = SLOTS) -> Timeline:
@@ -61,6 +62,7 @@ def new_timeline(rows: int, joints: int, slots: int = SLOTS) -> Timeline:
         targets=np.full((slots, rows, joints), np.nan),
         published=np.zeros(1, np.int64),
         late=np.zeros(1, np.int64),
+        closed=np.zeros(1, np.int64),
     )
 
 
@@ -78,6 +80,12 @@ def publish(
     return int(_publish(timeline, np.ascontiguousarray(targets, np.float64), t0_ns, period_ns, now_ns, locked_rows))
 
 
+def close(timeline: Timeline) -> None:
+    """Withdraw every chunk and take no more: from now on no action is due, so the robot comes to rest."""
+    timeline.closed[0] = 1
+    timeline.chunk_id.fill(EMPTY)
+
+
 @njit(cache=True)
 def _publish(timeline, targets, t0_ns, period_ns, now_ns, locked_rows):
     length = targets.shape[0]
@@ -88,7 +96,7 @@ def _publish(timeline, targets, t0_ns, period_ns, now_ns, locked_rows):
     first_row = next_row
     if next_row < length and _is_committed(timeline, t0_ns + next_row * period_ns, stored[next_row]):
         first_row = max(next_row + 1, locked_rows)
-    if first_row >= length:
+    if first_row >= length or timeline.closed[0] != 0:
         timeline.late[0] += 1
         return LATE
     for row in range(first_row):

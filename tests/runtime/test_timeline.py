@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onbeat.runtime.timeline import EMPTY, LATE, Timeline, committed_target, find_slot, new_timeline, publish
+from onbeat.runtime.timeline import EMPTY, LATE, Timeline, close, committed_target, find_slot, new_timeline, publish
 
 PERIOD_NS = 100_000_000
 
@@ -50,6 +50,13 @@ class TestBadInput:
         put(timeline, 1.0, t0_ns=0, now_ns=0)
         assert target_at(timeline, 8 * PERIOD_NS - 1) == 1.0
         assert np.isnan(target_at(timeline, 8 * PERIOD_NS))
+
+
+    def test_a_closed_timeline_has_nothing_due_and_takes_nothing(self, timeline: Timeline):
+        put(timeline, 1.0, t0_ns=0, now_ns=0)
+        close(timeline)
+        assert put(timeline, 1.0, t0_ns=0, now_ns=0) == LATE
+        assert np.isnan(target_at(timeline, PERIOD_NS))
 
 
 class TestFirstChunk:
