@@ -1,0 +1,208 @@
+"""Evaluation judged by the world: what lifts the cube counts, what does not does not, and the clock is simulated."""
+
+import functools
+import json
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from onbeat.runtime import evaluate as command
+from onbeat.runtime.engine import PolicySpec, SamplerSpec
+from onbeat.runtime.episode import BLANK, OTHER, Conditions, Episode, Outcome, Scene, in_servo_steps, run_episode
+from onbeat.runtime.evaluate import CONTROLS, Evaluation, as_json, as_text, evaluate
+from onbeat.runtime.policy import PolicyOutput, StageTimes
+from onbeat.runtime.robots import load_robot, state_values
+
+pytest.importorskip("mujoco")
+
+ROBOT = load_robot("so101-twin")
+PERIOD_NS = ROBOT.policy_period_ns
+CHUNK = 12
+SEED = 100_000
+NONE = np.zeros((0, 0), np.float32)
+SPEC = PolicySpec(
+    views=2,
+    image_size=56,
+    tokens_per_view=4,
+    chunk=CHUNK,
+    understanding_width=8,
+    trained_delay=0,
+    sampler=SamplerSpec(1, 1, "off", 0.0, 1.0, 1),
+)
+
+
+@dataclass
+class Scripted:
+    """A policy that says what `targets(t_ns)` says, (J,) rad, and keeps what it was shown."""
+
+    targets: object
+    spec: PolicySpec = SPEC
+    language: object = None
+    seen: list = field(default_factory=list)
+    noises: list = field(default_factory=list)
+
+    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0):  # noqa: ARG002
+        self.seen.append(observation)
+        self.noises.append(noise)
+        rows = np.stack([self.targets(observation.t_capture_ns + k * PERIOD_NS) for k in range(CHUNK)])
+        keys = state_values(ROBOT, rows.T)
+        keys = {name: values.T for name, values in keys.items()}
+        return PolicyOutput(np.zeros((CHUNK, 200), np.float32), keys, NONE, NONE, StageTimes(0, 0, 0), noise, None)
+
+
+def stay() -> Scripted:
+    """Holds the home pose."""
+    from onbeat.drivers.twin.world import HOME_RAD
+
+    return Scripted(lambda _: HOME_RAD)
+
+
+def expert(seed: int) -> Scripted:
+    """Replays what the scripted expert did in a world of its own with the same seed."""
+    from onbeat.drivers.twin.world import World
+    from onbeat.training.expert import Expert, execute
+
+    world = World()
+    world.reset(seed)
+    teacher = Expert(world.position_rad)
+    goals = [teacher.goal_rad]
+    for _ in range(110):
+        goals.append(teacher.advance(world.truth(), world.position_rad).copy())
+        execute(world, goals[-2], goals[-1])
+    return Scripted(lambda t_ns: goals[min(t_ns // PERIOD_NS, len(goals) - 1)])
+
+
+@pytest.fixture(scope="module")
+def scene():
+    with Scene() as scene:
+        yield scene
+
+
+def test_a_policy_that_does_nothing_fails_by_time(scene):
+    outcome = run_episode(scene, ROBOT, stay(), SEED, Conditions(timeout_ns=1_000_000_000))
+    assert outcome.success_s is None
+    assert outcome.highest_m < 0.005
+    assert outcome.chunks == 10
+
+
+def test_a_chunk_is_not_visible_before_its_latency_is_over(scene):
+    episode = Episode(scene, ROBOT, stay(), SEED, Conditions(latency_ns=250_000_000, timeout_ns=10**9))
+    while int(episode.state.timeline.published[0]) == 0:
+        episode.step()
+    # The tick at 250 ms is the first that sees it; it ends 10 ms later.
+    assert scene.world.time_ns == 260_000_000
+    assert episode.outcome().held_ticks >= 24
+
+
+@pytest.mark.parametrize(("latency_ms", "first_row"), [(0, 2), (90, 2), (110, 3), (260, 4)])
+def test_the_executed_delay_follows_the_latency(scene, latency_ms, first_row):
+    conditions = Conditions(latency_ns=latency_ms * 1_000_000, timeout_ns=1_500_000_000)
+    delays = dict(run_episode(scene, ROBOT, stay(), SEED, conditions).delays)
+    assert max(delays, key=delays.get) == first_row, delays
+
+
+def test_inference_waits_for_the_rows_that_are_to_be_executed(scene):
+    patient = replace(ROBOT, config=replace(ROBOT.config, execute_steps=4))
+    conditions = Conditions(timeout_ns=2_000_000_000)
+    eager, waiting = stay(), stay()
+    run_episode(scene, ROBOT, eager, SEED, conditions)
+    run_episode(scene, patient, waiting, SEED, conditions)
+    assert len(waiting.seen) < len(eager.seen) / 3
+
+
+def test_observations_are_stamped_in_simulated_time_and_rounded_to_servo_steps(scene):
+    policy = stay()
+    run_episode(scene, ROBOT, policy, SEED, Conditions(timeout_ns=500_000_000))
+    assert [o.t_capture_ns for o in policy.seen] == [k * PERIOD_NS for k in range(5)]
+    joints = policy.seen[0].state["arm_joints"]
+    np.testing.assert_array_equal(joints, in_servo_steps(joints))
+
+
+def test_the_blank_control_blanks_every_frame(scene):
+    policy = stay()
+    run_episode(scene, ROBOT, policy, SEED, Conditions(timeout_ns=300_000_000, shown=BLANK))
+    frames = [frame.rgb for observation in policy.seen for frame in observation.views.values()]
+    assert len(frames) == 6
+    assert not any(frame.any() for frame in frames)
+
+
+def test_the_shuffle_control_shows_this_arm_and_another_cube(scene):
+    as_is, shuffled = stay(), stay()
+    run_episode(scene, ROBOT, as_is, SEED, Conditions(timeout_ns=200_000_000))
+    run_episode(scene, ROBOT, shuffled, SEED, Conditions(timeout_ns=200_000_000, shown=OTHER))
+    for own, other in zip(as_is.seen, shuffled.seen, strict=True):
+        np.testing.assert_array_equal(own.state["arm_joints"], other.state["arm_joints"])
+        differs = (own.views["top"].rgb != other.views["top"].rgb).any(-1)
+        assert 0 < differs.mean() < 0.2  # a cube left one place and lies at another; the rest is the same
+
+
+def test_the_same_seed_gives_the_same_episode_and_noise(scene):
+    first, second, third = stay(), stay(), stay()
+    conditions = Conditions(timeout_ns=400_000_000)
+    outcomes = [run_episode(scene, ROBOT, policy, SEED, conditions) for policy in (first, second)]
+    run_episode(scene, ROBOT, third, SEED + 1, conditions)
+    assert outcomes[0] == outcomes[1]
+    np.testing.assert_array_equal(first.noises, second.noises)
+    assert (first.noises[0] != third.noises[0]).any()
+    assert (first.noises[0] != first.noises[1]).any()
+    np.testing.assert_array_equal(first.seen[-1].views["wrist"].rgb, second.seen[-1].views["wrist"].rgb)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [SEED, SEED + 3])
+def test_what_the_expert_does_counts_as_success(scene, seed):
+    outcome = run_episode(scene, ROBOT, expert(seed), seed, Conditions())
+    assert outcome.success_s is not None
+    assert 1.0 < outcome.success_s < 12.0
+    assert outcome.highest_m > 0.05
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_the_outcomes():
+    conditions = Conditions(timeout_ns=500_000_000)
+    told = []
+    alone = evaluate(stay, range(SEED, SEED + 3), conditions=conditions, progress=told.append)
+    together = evaluate(_stay, range(SEED, SEED + 3), conditions=conditions, workers=2)
+    assert alone.outcomes == together.outcomes == tuple(told)
+    assert [outcome.seed for outcome in told] == [SEED, SEED + 1, SEED + 2]
+
+
+_stay = functools.partial(stay)
+
+
+def fake_evaluation(control: str, successes: int, attempts: int) -> Evaluation:
+    outcomes = (Outcome(SEED + k, 3.5 if k < successes else None, 0.1, 40, 7, 2, {2: 39}) for k in range(attempts))
+    return Evaluation(control, Conditions(), tuple(outcomes))
+
+
+def test_text_has_every_seed_once_and_every_control_with_its_interval():
+    text = as_text([fake_evaluation("none", 8, 10), fake_evaluation("blank", 0, 10)])
+    assert sum(line.startswith(str(SEED)[:3]) for line in text.splitlines()) == 10
+    whole, blank = (line.split() for line in text.splitlines()[-2:])
+    assert whole == ["none", "8", "of", "10", "80", "49-94", "2:", "390"]
+    assert blank == ["blank", "0", "of", "10", "0", "0-28", "2:", "390"]
+
+
+def test_json_has_rate_interval_conditions_and_outcomes():
+    (document,) = json.loads(as_json([fake_evaluation("none", 1, 2)]))
+    assert document["success_rate"] == 0.5
+    assert document["successes"] == 1
+    assert document["conditions"]["latency_ns"] == 60_000_000
+    assert [outcome["seed"] for outcome in document["outcomes"]] == [SEED, SEED + 1]
+
+
+@pytest.mark.parametrize(("asked", "run"), [("none", ["none"]), ("blank", ["none", "blank"]), ("all", list(CONTROLS))])
+def test_command_runs_the_policy_and_the_asked_controls(monkeypatch, capsys, tmp_path, asked, run):
+    monkeypatch.setattr(command, "_evaluate_bundle", lambda _, control, __: fake_evaluation(control, 1, 2))
+    assert command.main(["--control", asked, "--json", "--out", str(tmp_path / "deep" / "e.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [entry["control"] for entry in printed] == run
+    assert json.loads((tmp_path / "deep" / "e.json").read_text()) == printed
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--workers", "-1"], ["--control", "luck"]])
+def test_wrong_usage_exits_2(wrong):
+    with pytest.raises(SystemExit) as leaving:
+        command.main(wrong)
+    assert leaving.value.code == 2
