@@ -86,7 +86,7 @@ def compare_caches(exported: CacheHandle, reference: Cache, state_index: int) ->
 
 
 def scaled_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Largest absolute difference, divided by max(1, the largest expected value). Infinite for a nan or another shape."""
+    """Largest absolute difference over max(1, the largest expected value). Infinite for a nan or another shape."""
     if found.size == expected.size == 0:
         return 0.0
     if found.shape != expected.shape or not np.isfinite(found).all():

@@ -146,7 +146,8 @@ def find_bundle(case: Case, cases: Path, bundles: Path, rope: str) -> Path:
         if fits(read_manifest(folder), case, cases / case.checkpoint, rope):
             return folder
     raise NoBundle(
-        f"no bundle in {bundles} fits {case.name}: run `onbeat export --cases {cases} {bundles}` where torch is installed"
+        f"no bundle in {bundles} fits {case.name}: "
+        f"run `onbeat export --cases {cases} {bundles}` where torch is installed"
     )
 
 
@@ -167,13 +168,15 @@ def format_table(verdicts: Sequence[Verdict], tolerance: float) -> str:
     """A line per case and one for all."""
     width = max([len("case"), *(len(verdict.case.name) for verdict in verdicts)])
     header = f"{'case':<{width}}  {'action_pred':>11}  {'action keys':>11}  within {tolerance:g}"
-    lines = [
-        f"{v.case.name:<{width}}  {v.replay.actions:>11.2e}  {_worst_key(v.replay):>11.2e}  {'yes' if v.passed else 'NO'}"
-        for v in verdicts
-    ]
+    lines = [f"{verdict.case.name:<{width}}  {_format_verdict(verdict)}" for verdict in verdicts]
     failed = sum(not verdict.passed for verdict in verdicts)
     total = f"{len(verdicts)} cases, {failed} above the tolerance" if failed else f"{len(verdicts)} cases, all within"
     return "\n".join([header, *lines, total])
+
+
+def _format_verdict(verdict: Verdict) -> str:
+    worst_key = max(verdict.replay.keys.values(), default=0.0)
+    return f"{verdict.replay.actions:>11.2e}  {worst_key:>11.2e}  {'yes' if verdict.passed else 'NO'}"
 
 
 def format_json(verdicts: Sequence[Verdict], tolerance: float) -> str:
@@ -189,7 +192,3 @@ def format_json(verdicts: Sequence[Verdict], tolerance: float) -> str:
     ]
     passed = all(verdict.passed for verdict in verdicts)
     return json.dumps({"tolerance": tolerance, "passed": passed, "cases": rows}, indent=1)
-
-
-def _worst_key(replay: Replay) -> float:
-    return max(replay.keys.values(), default=0.0)

@@ -1,9 +1,9 @@
-"""The bundle: a folder with everything a robot needs of a policy, and a manifest that says what it is and proves it whole.
+"""The bundle: a folder with everything a robot needs of a policy, and a manifest that says what it is.
 
-prefix.onnx  flow.onnx  weights.bin           the network
-language.json  embodiment.toml  tokenizer.json  *_metadata.json     see runtime/language.py
-manifest.json                                 shapes, versions, sampler, measured differences, sha256 of every file
-manifest.sha256                               sha256 of the manifest (`sha256sum -c` reads it)
+- the network: prefix.onnx, flow.onnx, weights.bin
+- its language (see runtime/language.py): language.json, embodiment.toml, tokenizer.json, <dataset>_metadata.json
+- manifest.json: shapes, versions, sampler, measured differences, sha256 of every file
+- manifest.sha256: sha256 of the manifest, as `sha256sum -c` reads it
 """
 
 import hashlib

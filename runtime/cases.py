@@ -1,7 +1,7 @@
 """Recorded cases: what one observation was and what the published code answered, to be answered again.
 
-A folder holds manifest.json, a list of {file, checkpoint, note}; each file is an .npz of arrays (in/*, rng/*, out/*) with
-a .json beside it that says which instruction, data configuration and sampler settings it was recorded with.
+A folder holds manifest.json, a list of {file, checkpoint, note}; each file is an .npz of arrays (in/*, rng/*, out/*)
+with a .json beside it that says which instruction, data configuration and sampler settings it was recorded with.
 """
 
 import json

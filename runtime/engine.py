@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 class PolicyInputs:
     """One observation in the network's terms.
 
-    views: (V, S, S, 3) uint8 RGB after the exact resize and crop. token_ids: (N,) int64, the whole prefix in order, with 0
+    views: (V, S, S, 3) uint8 RGB after the exact resize and crop. token_ids: (N,) int64, the prefix in order, with 0
     where the V x tokens_per_view image tokens and the state token stand. image_start, state_index: where those begin.
     state: (200,) float32, normalised unified state.
     """
@@ -30,7 +30,8 @@ class PolicyInputs:
 class SamplerSpec:
     """What is fixed when an engine is built. Steps and iterations are unrolled in the flow graph.
 
-    gate: "off" (plain flow, iterations = 1), "directions" (parity: the caller gives them) or "expectation" (deterministic).
+    gate: "off" (plain flow, iterations = 1), "directions" (parity: the caller gives them) or "expectation"
+    (deterministic).
     """
 
     flow_steps: int
@@ -56,7 +57,7 @@ class PolicySpec:
 
 @dataclass(frozen=True, slots=True)
 class FlowResult:
-    """actions: (C, 200) float32, normalised unified actions. gate, cost: (I-1, T) float32; empty when the gate is off."""
+    """actions: (C, 200) float32, normalised unified actions. gate, cost: (I-1, T) float32; empty for gate "off"."""
 
     actions: NDArray[np.float32]
     gate: NDArray[np.float32]
@@ -84,7 +85,7 @@ class Engine(Protocol):
     ) -> FlowResult:
         """Sample one chunk.
 
-        noise: (I, C, 200). directions: raw, (I-1, T, M, H), required when the gate is "directions". prev_chunk: (R, 200), row
-        0 due at the observation's time, padded by its last row or cut to C; its first `delay` rows are kept.
+        noise: (I, C, 200). directions: raw, (I-1, T, M, H), required when the gate is "directions". prev_chunk:
+        (R, 200), row 0 due at the observation's time, padded by its last row or cut to C; its first `delay` rows are kept.
         """
         ...

@@ -27,7 +27,7 @@ class InputError(OnbeatError):
 
 @dataclass(frozen=True, slots=True)
 class CacheHandle:
-    """One observation's keys and values by name, (k, N, d) each: the buffers themselves, overwritten by the next prefix."""
+    """One observation's keys and values by name, (k, N, d) each, the state's row last. The next prefix reuses them."""
 
     arrays: Mapping[str, NDArray[np.float32]]
 

@@ -1,4 +1,4 @@
-"""A policy that can be asked: an observation and an instruction in, a chunk of actions out, and what it took to get it."""
+"""A policy that can be asked: an observation and an instruction in, a chunk of actions and its circumstances out."""
 
 import time
 from collections.abc import Mapping
@@ -85,8 +85,8 @@ class Policy:
     ) -> PolicyOutput:
         """One chunk for one observation; row 0 is due at its capture time.
 
-        noise (I, C, 200) and, for a "directions" gate, directions (I - 1, T, M, H): drawn here when None. prev_chunk (R,
-        200): normalised unified actions, row 0 due at the observation's time, of which the first `delay` rows are kept.
+        noise (I, C, 200) and, for a "directions" gate, directions (I - 1, T, M, H): drawn here when None.
+        prev_chunk (R, 200): normalised unified actions, row 0 due then too; its first `delay` rows are kept.
         Raises ObservationError, InstructionError, UntrainedPrefix; then there is no chunk, and nothing moves on it.
         """
         check_prefix(self.spec, delay, allow_untrained=self._allow_untrained_prefix)
