@@ -40,6 +40,7 @@ class TorchEngine:
         side = self.spec.image_size
         _check_shape("views", inputs.views, (self.spec.views, side, side, 3))
         _check_values("state", inputs.state, (UNIFIED,))
+        self._check_tokens(inputs)
         return self.policy.encode_prefix(
             normalise_views(torch.from_numpy(inputs.views)).unsqueeze(0),
             torch.from_numpy(inputs.token_ids).unsqueeze(0),
@@ -69,6 +70,19 @@ class TorchEngine:
             lock=self._lock(prev_chunk, delay),
         )
         return FlowResult(sampled.actions[0].numpy(), sampled.gate[..., 0].numpy(), sampled.cost[..., 0].numpy())
+
+    def _check_tokens(self, inputs: PolicyInputs) -> None:
+        ids, vocabulary = inputs.token_ids, self.policy.config.decoder.vocabulary
+        if ids.ndim != 1 or not ((ids >= 0) & (ids < vocabulary)).all():
+            raise EngineInputError(
+                f"token_ids must be (N,), each 0 to {vocabulary - 1}: use the checkpoint's tokenizer"
+            )
+        image_end = inputs.image_start + self.spec.views * self.spec.tokens_per_view
+        if not 0 <= inputs.image_start < image_end <= inputs.state_index < len(ids):
+            raise EngineInputError(
+                f"image_start {inputs.image_start} and state_index {inputs.state_index} leave no room for the image "
+                f"tokens in {len(ids)} tokens: give where they begin in token_ids"
+            )
 
     def _directions(self, directions: NDArray[np.float32] | None) -> Tensor | None:
         sampler = self.spec.sampler
