@@ -84,6 +84,23 @@ def test_a_wrong_file_is_refused_with_the_line(old, new, line, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["[0:1]", "[1:2]", "[0:2]", "[1:3]", "[0:7]", ""])
+def test_any_shared_number_is_an_overlap(part):
+    with pytest.raises(EmbodimentError, match="'grip' overlaps 'arm'"):
+        parse_embodiment(GOOD.replace("right_gripper", f"right_arm_joints{part}"), SOURCE)
+
+
+@pytest.mark.parametrize("part", ["right_arm_joints[2:3]", "left_hand_reserved[5:6]", "reserved_46[3:4]"])
+def test_neighbours_do_not_overlap(part):
+    assert parse_embodiment(GOOD.replace("right_gripper", part), SOURCE).action[1].size == 1
+
+
+def test_two_keys_overlap_whichever_comes_first():
+    swapped = GOOD.replace("[0:2]", "[4:6]").replace("right_gripper", "right_arm_joints[3:5]")
+    with pytest.raises(EmbodimentError, match="'grip' overlaps 'arm'"):
+        parse_embodiment(swapped, SOURCE)
+
+
 def test_toml_syntax_is_refused_with_the_line():
     with pytest.raises(EmbodimentError, match=r"two\.toml.*line 2"):
         parse_embodiment('title = "x"\nviews = top\n', SOURCE)
