@@ -244,7 +244,7 @@ def parse_config(document: object, *, rope: str | None = None) -> PolicyConfig:
         delay=_parse_delay(root),
         time=_parse_time(root),
         template=root.get("template", str),
-        own_system_message=document.get("system_message"),
+        own_system_message=None if document.get("system_message") is None else root.get("system_message", str),
         prompt_template=root.get("prompt_template", str, "long"),
         source=document,
     )
