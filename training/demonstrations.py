@@ -161,7 +161,7 @@ def collect_chain(world: World, seed: int) -> Iterator[Demonstration]:
 
 
 def collect(directory: Path, *, episodes: int, seed: int, workers: int, command: str) -> dict[str, Any]:
-    """Collect at least `episodes` lifts into a folder, chains from `seed` on; returns the index it wrote."""
+    """Collect about `episodes` lifts into a folder, chains from `seed` on; returns the index it wrote."""
     directory.mkdir(parents=True, exist_ok=True)
     chains = math.ceil(episodes / LIFTS_PER_CHAIN)
     jobs = [(directory, seed + chain) for chain in range(chains)]
@@ -268,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m onbeat.training.demonstrations", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--episodes", type=int, default=450, help="lifts to collect, in chains of three")
+    parser.add_argument(
+        "--episodes", type=int, default=450, help="lifts to try, in chains of three that end at a failed one"
+    )
     parser.add_argument("--seed", type=int, default=1000, help="the first chain's seed; the next ones count up")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--workers", type=int, default=2, help="processes")

@@ -66,10 +66,10 @@ def forward(q: NDArray[np.float64]) -> Grip:
 
 
 def inverse(grip: Grip, gripper_rad: float) -> NDArray[np.float64]:
-    """Joint angles (6,) that bring the grip point there, elbow up, roll 0, the gripper as near to straight down as may be.
+    """Joint angles (6,) that bring the grip point there, elbow up, roll 0, the gripper straight down if it can be.
 
-    Close to the base the wrist reaches its limit first, and the gripper leans outwards. A point out of reach gives the
-    stretched arm nearest to it.
+    High up the wrist reaches its limit, and the gripper leans outwards. A point out of reach gives the arm stretched
+    towards it.
     """
     tool = DOWN_RAD
     lift, elbow = _plane(grip, tool)
@@ -153,7 +153,8 @@ def approach(
     stopping = -change / 2 + np.sqrt(change**2 / 4 + 2 * change * away / period_s)
     fastest = np.minimum(np.where(away <= change * period_s, away / period_s, stopping), MAX_SPEED_RAD_S)
     pace = np.min(fastest / np.maximum(away, 1e-9), where=away > 1e-6, initial=1 / period_s)
-    return velocity + np.clip(distance * pace - velocity, -change, change)
+    turn = distance * pace - velocity
+    return velocity + turn * (change / max(float(np.max(np.abs(turn))), change))
 
 
 def execute(world: World, start_rad: NDArray[np.float64], end_rad: NDArray[np.float64]) -> None:

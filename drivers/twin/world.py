@@ -57,6 +57,8 @@ class World:
         """frame_size: (height, width) of the frames in pixels, at most 480 x 640."""
         self.model = mujoco.MjModel.from_xml_path(str(SCENE))
         self.data = mujoco.MjData(self.model)
+        largest = self.model.vis.global_.offheight, self.model.vis.global_.offwidth
+        assert frame_size[0] <= largest[0] and frame_size[1] <= largest[1], (frame_size, largest)
         self.frame_size = frame_size
         self._renderer: Renderer | None = None
         self._arm = slice(0, len(JOINTS))
