@@ -1,4 +1,4 @@
-"""`python -m onbeat.drivers.twin`: see serve.py. A missing simulator is told in the same line of JSON as any other fault."""
+"""`python -m onbeat.drivers.twin`: see serve.py. A missing simulator is told in a line of JSON, as any other fault."""
 
 import json
 import sys

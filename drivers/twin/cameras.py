@@ -1,7 +1,7 @@
 """The twin's camera process: takes snapshots of the world, draws them at a fixed rate, publishes frames.
 
-A process of its own, so that drawing never holds up the servo bus. Started by `serve.py`; prints one line of JSON when its
-first frames are out, or what went wrong.
+A process of its own, so that drawing never holds up the servo bus. Started by `serve.py`; prints one line of JSON when
+its first frames are out, or what went wrong.
 """
 
 import argparse

@@ -44,6 +44,7 @@ def start_twin(
     camera_rate_hz: float = 10.0,
     has_cameras: bool = True,
     attempt_timeout_s: float = 12.0,
+    is_paced: bool = True,
     startup_timeout_s: float = 60.0,
 ) -> Iterator[RunningTwin]:
     """A twin for the length of a `with` block, which must be entered from a thread that lives as long: it ends with it.
@@ -53,6 +54,7 @@ def start_twin(
     command = [sys.executable, "-m", "onbeat.drivers.twin", "--run-dir", str(run_dir), "--seed", str(seed)]
     command += ["--frame-size", str(frame_size), "--camera-rate-hz", str(camera_rate_hz)]
     command += ["--attempt-timeout-s", str(attempt_timeout_s), *([] if has_cameras else ["--no-cameras"])]
+    command += [] if is_paced else ["--unpaced"]
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOG_FILE).open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=_environment())

@@ -1,4 +1,4 @@
-"""A pty with servos at its far end: bytes come in at once, as on any pty; replies go out when a wire would have them."""
+"""A pty with servos at its far end. Bytes come in at once, as on any pty; replies go out as late as on a wire."""
 
 import os
 import select
@@ -31,7 +31,7 @@ class ServoLine:
         self._free_ns = 0
 
     def serve_until(self, deadline_ns: int) -> None:
-        """Take bytes and send due replies until the monotonic clock reads deadline_ns; one look at the port at least."""
+        """Take bytes and send due replies until the clock reads deadline_ns; looks at the port once at least."""
         while True:
             now_ns = time.monotonic_ns()
             wake_ns = min(deadline_ns, self._due[0][0]) if self._due else deadline_ns

@@ -1,8 +1,8 @@
 """What the twin writes down, for the supervisor alone: the truth of the world, and when which goals came over the wire.
 
-    truth.jsonl   a line per 100 ms and per event (`TruthLine`), flushed, so that it can be followed
-    wire.bin      `GOAL_RECORD`s, one per sync write of goal positions
-    twin.json     counts, at the end
+- truth.jsonl: a line per 100 ms and per event (`TruthLine`), flushed, so that it can be followed
+- wire.bin: `GOAL_RECORD`s, one per sync write of goal positions
+- twin.json: counts, at the end
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python -m onbeat.drivers.twin --seed 0 --run-dir out/twin
 
-Prints one line of JSON when it is ready: {"port": ..., "frames": {view: ring name}, "pid": ...}. Ends on SIGTERM, and with
-its parent.
+Prints one line of JSON when it is ready: {"port": ..., "frames": {view: ring name}, "pid": ...}. Ends on SIGTERM, and
+with its parent.
 """
 
 import argparse
@@ -20,15 +20,17 @@ from pathlib import Path
 import numpy as np
 
 from onbeat.drivers.twin.frames import SHARED_MEMORY, RingWriter
-from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
+from onbeat.drivers.twin.lifeline import claim_realtime, end_with_parent, stop_on_signal
 from onbeat.drivers.twin.line import ServoLine
 from onbeat.drivers.twin.records import Recorder, TruthLine
 from onbeat.drivers.twin.referee import Event, Referee
 from onbeat.drivers.twin.servos import ServoBank
 from onbeat.drivers.twin.world import JOINTS, VIEWS, World
 
-PHYSICS_NS = 5_000_000
+PHYSICS_NS = 4_000_000
+JUDGE_NS = 20_000_000
 SAMPLE_NS = 100_000_000
+PRIORITY = 40  # above everything that drives the arm: real servos do not wait for a computer's other work
 MAX_LAG_NS = 100_000_000  # beyond this the world's time is let go: real time has no second chance
 
 
@@ -42,6 +44,7 @@ class TwinSettings:
     camera_rate_hz: float = 10.0
     has_cameras: bool = True
     attempt_timeout_s: float = 12.0
+    is_paced: bool = True
 
 
 class Twin:
@@ -51,19 +54,21 @@ class Twin:
         self.settings = settings
         self.world = World(settings.seed)
         self.bank = ServoBank(range(1, len(JOINTS) + 1), self._note_goals)
-        self.line = ServoLine(self.bank)
+        self.line = ServoLine(self.bank, paced=settings.is_paced)
         self.recorder = Recorder(settings.run_dir)
         self.referee = Referee(round(settings.attempt_timeout_s * 1e9))
         self.snapshots = RingWriter(f"{ring_prefix()}-world", self.world.qpos_snapshot().nbytes)
         self.slipped_ns = 0
         self._goal_rad = np.zeros(len(JOINTS))
         self._held = np.ones(len(JOINTS), bool)
-        self._sample_ns = 0
+        self._sample_ns = self._judged_ns = 0
+        self._world_ns = self.world.time_ns
         self._wake_servos()
         self._publish()
 
     def run(self, stop: threading.Event) -> None:
         """Serve and step in real time until `stop`; the bus is served between physics steps."""
+        claim_realtime(PRIORITY)
         next_ns = time.monotonic_ns()
         while not stop.is_set():
             next_ns += PHYSICS_NS
@@ -95,7 +100,8 @@ class Twin:
             self.world.enable(held)
             self._held = held
         self.world.set_goal_rad(self._goal_rad)
-        self.world.step(PHYSICS_NS)
+        self._world_ns += PHYSICS_NS
+        self.world.step(self._world_ns - self.world.time_ns)
         self.bank.sense(self.world.position_rad, self.world.velocity_rad_s, self.world.load, PHYSICS_NS)
         self._publish()
         self._judge()
@@ -111,6 +117,9 @@ class Twin:
 
     def _judge(self) -> None:
         now_ns = time.monotonic_ns()
+        if now_ns - self._judged_ns < JUDGE_NS:
+            return
+        self._judged_ns = now_ns
         event = self.referee.judge(now_ns, self.world.truth().cube_height_m)
         if event is not None:
             self._write_truth(now_ns, event)
@@ -176,12 +185,13 @@ def place_seed(seed: int, attempt: int) -> int:
 def parse(argv: Sequence[str] | None) -> TwinSettings:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m onbeat.drivers.twin", description="The simulated SO-101 on a pty.")
-    parser.add_argument("--seed", type=int, default=0, help="of the arm's start and every place of the cube (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the start and every place of the cube (default 0)")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder for truth.jsonl, wire.bin and twin.json")
     parser.add_argument("--frame-size", type=int, default=112, help="pixels, square (default %(default)s)")
     parser.add_argument("--camera-rate-hz", type=float, default=10.0, help="of both cameras (default %(default)s)")
     parser.add_argument("--no-cameras", action="store_true", help="servo bus and truth alone")
     parser.add_argument("--attempt-timeout-s", type=float, default=12.0, help="to lift the cube (default %(default)s)")
+    parser.add_argument("--unpaced", action="store_true", help="replies do not wait for the wire: measures the computer")
     options = parser.parse_args(argv)
     return TwinSettings(
         seed=options.seed,
@@ -190,6 +200,7 @@ def parse(argv: Sequence[str] | None) -> TwinSettings:
         camera_rate_hz=options.camera_rate_hz,
         has_cameras=not options.no_cameras,
         attempt_timeout_s=options.attempt_timeout_s,
+        is_paced=not options.unpaced,
     )
 
 

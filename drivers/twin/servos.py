@@ -4,6 +4,7 @@ What a servo does with a packet follows the protocol manual: a wrong checksum is
 sync reads are answered in the order of the ids, EEPROM writes survive a power cycle only when `lock` is 0.
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from onbeat.drivers.feetech.protocol import (
     decode_register,
     encode_packet,
     encode_register,
+    to_sign_magnitude,
 )
 from onbeat.drivers.feetech.tables import (
     BAUD_RATES,
@@ -35,7 +37,17 @@ from onbeat.drivers.feetech.tables import (
 
 MAX_SPEED_STEPS_S = 3400.0  # no load at 7.4 V, from the memory table's header
 SILENCE_NS = 10_000_000  # a packet that pauses longer than this was given up by its sender
+SUPPLY_DECIVOLT = 74
+CASE_DEG_C = 32
 _MOVING_STEPS_S = 20.0
+_SRAM_ADDRESS = REGISTER["torque_enable"].address  # the first register that a power cycle clears
+_PRESENT_ADDRESS = REGISTER["present_position"].address
+_STATUS_ADDRESS = REGISTER["status"].address
+_MOVING_ADDRESS = REGISTER["moving"].address
+_UNLOAD_ADDRESS = REGISTER["unload_condition"].address
+_CURRENT_ADDRESS = REGISTER["present_current"].address
+_PRESENT = struct.Struct("<HHHBB")  # position, velocity, load, voltage, temperature lie side by side
+_CURRENT = struct.Struct("<H")
 _WRITABLE = np.zeros(MEMORY_SIZE, bool)
 for _register in REGISTERS:
     _WRITABLE[_register.address : _register.address + _register.size] = _register.is_writable
@@ -46,6 +58,19 @@ class Answer(NamedTuple):
 
     data: bytes
     wire_ns: int
+
+
+class Motion(NamedTuple):
+    """What a servo's registers say about its motion, in raw steps, seconds, percent of stall, ns and 6.5 mA."""
+
+    has_torque: bool
+    goal: int
+    offset: int
+    speed: float
+    acceleration: float
+    overload_percent: int
+    overload_ns: int
+    stall_current: int
 
 
 class Servo:
@@ -63,7 +88,9 @@ class Servo:
         self.setpoint_velocity = 0.0
         self.raw_steps = float(CENTRE_STEP)
         self._overload_ns = 0
-        self._saved = bytes(self.memory[:40])
+        self._trip = Status(0)
+        self._motion: Motion | None = None
+        self._saved = bytes(self.memory[:_SRAM_ADDRESS])
 
     @property
     def servo_id(self) -> int:
@@ -75,6 +102,7 @@ class Servo:
 
     def put(self, name: str, value: int) -> None:
         register = REGISTER[name]
+        self._motion = None
         self.memory[register.address : register.address + register.size] = encode_register(name, value)
 
     def read(self, address: int, size: int) -> bytes:
@@ -86,71 +114,84 @@ class Servo:
         for k, byte in enumerate(data, start=address):
             if k < MEMORY_SIZE and _WRITABLE[k]:
                 self.memory[k] = byte
-        if address <= REGISTER["torque_enable"].address < address + len(data):
+        self._motion = None
+        if address <= _SRAM_ADDRESS < address + len(data):
             self._switch_torque()
         if self.get("lock") == 0:
-            self._saved = bytes(self.memory[:40])
+            self._saved = bytes(self.memory[:_SRAM_ADDRESS])
 
     def power_cycle(self) -> None:
         """Back to what the EEPROM holds; torque is off."""
         saved = self._saved
         for register in REGISTERS:
             self.put(register.name, register.default)
-        self.memory[:40] = saved
+        self.memory[:_SRAM_ADDRESS] = saved
         self.put("torque_limit", self.get("max_torque"))
-        self._overload_ns = 0
+        self._overload_ns, self._trip = 0, Status(0)
 
     def sense(self, steps: float, steps_s: float, load: float, dt_ns: int) -> None:
         """Take over what the joint does: shaft angle and rate in raw steps, load of stall -1..1, for the last dt_ns."""
         self.raw_steps = steps
-        if not self.get("torque_enable"):
+        motion = self.motion()
+        if not motion.has_torque:
             self.setpoint_steps, self.setpoint_velocity = steps, 0.0
-        self.put("present_position", round(steps) - self.get("position_offset"))
-        self.put("present_velocity", round(steps_s))
-        self.put("present_load", round(np.clip(load, -1.0, 1.0) * LOAD_FULL_SCALE))
-        self.put("present_current", round(min(abs(load), 1.0) * self.get("protection_current")))
-        self.put("present_voltage", 74)
-        self.put("present_temperature", 32)
-        self.put("moving", int(abs(steps_s) > _MOVING_STEPS_S))
-        self._judge_load(abs(load), dt_ns)
-        self.put("status", int(self.injected | self._overload()))
+        share = min(max(load, -1.0), 1.0)
+        position = to_sign_magnitude(round(steps) - motion.offset, 15)
+        velocity, duty = to_sign_magnitude(round(steps_s), 15), to_sign_magnitude(round(share * LOAD_FULL_SCALE), 10)
+        _PRESENT.pack_into(self.memory, _PRESENT_ADDRESS, position, velocity, duty, SUPPLY_DECIVOLT, CASE_DEG_C)
+        self._judge_load(abs(share) * 100.0, dt_ns, motion)
+        self.memory[_STATUS_ADDRESS] = int(self.injected | self._trip)
+        self.memory[_MOVING_ADDRESS] = abs(steps_s) > _MOVING_STEPS_S
+        _CURRENT.pack_into(self.memory, _CURRENT_ADDRESS, round(abs(share) * motion.stall_current))
 
     def advance(self, dt_ns: int) -> float:
         """Move the set point towards the goal for dt_ns; returns it in raw steps."""
-        low, high = self.get("min_position"), self.get("max_position")
-        goal = min(max(self.get("goal_position"), low), high) + self.get("position_offset")
-        speed = min(abs(self.get("goal_velocity")) or MAX_SPEED_STEPS_S, MAX_SPEED_STEPS_S)
-        acceleration = self.get("acceleration") * 100.0
-        dt_s = dt_ns * 1e-9
-        wanted = (goal - self.setpoint_steps) / dt_s if dt_s else 0.0
-        if acceleration:  # slow down in time: v^2 = 2 a d
-            speed = min(speed, (2.0 * acceleration * abs(goal - self.setpoint_steps)) ** 0.5)
-            change = acceleration * dt_s
+        motion, dt_s = self.motion(), dt_ns * 1e-9
+        way, speed = motion.goal - self.setpoint_steps, motion.speed
+        wanted = way / dt_s
+        if motion.acceleration:  # slow down in time: v^2 = 2 a d
+            speed = min(speed, (2.0 * motion.acceleration * abs(way)) ** 0.5)
+            change = motion.acceleration * dt_s
             wanted = min(max(wanted, self.setpoint_velocity - change), self.setpoint_velocity + change)
         self.setpoint_velocity = min(max(wanted, -speed), speed)
         self.setpoint_steps += self.setpoint_velocity * dt_s
         return self.setpoint_steps
 
+    def motion(self) -> "Motion":
+        """The registers that shape the motion, decoded once after every write."""
+        if self._motion is None:
+            goal = min(max(self.get("goal_position"), self.get("min_position")), self.get("max_position"))
+            offset = self.get("position_offset")
+            self._motion = Motion(
+                has_torque=bool(self.get("torque_enable")),
+                goal=goal + offset,
+                offset=offset,
+                speed=min(abs(self.get("goal_velocity")) or MAX_SPEED_STEPS_S, MAX_SPEED_STEPS_S),
+                acceleration=self.get("acceleration") * 100.0,
+                overload_percent=self.get("overload_torque"),
+                overload_ns=self.get("protection_time") * 10_000_000,
+                stall_current=self.get("protection_current"),
+            )
+        return self._motion
+
     def _switch_torque(self) -> None:
-        self._overload_ns = 0
+        self._overload_ns, self._trip = 0, Status(0)
         if self.memory[REGISTER["torque_enable"].address] == CENTRE_HERE:
             self.put("position_offset", min(max(round(self.raw_steps) - CENTRE_STEP, -2047), 2047))
             self.put("goal_position", CENTRE_STEP)
             self.put("torque_enable", 0)
 
-    def _judge_load(self, load: float, dt_ns: int) -> None:
-        is_over = load * 100.0 > self.get("overload_torque") and bool(self.get("torque_enable"))
-        if not self._overload():
-            self._overload_ns = self._overload_ns + dt_ns if is_over else 0
-
-    def _overload(self) -> Status:
-        is_tripped = self._overload_ns > self.get("protection_time") * 10_000_000
-        return Status.OVERLOAD if is_tripped else Status(0)
+    def _judge_load(self, load_percent: float, dt_ns: int, motion: "Motion") -> None:
+        """An overload that lasts trips the servo; only a new write of `torque_enable` clears that."""
+        is_over = load_percent > motion.overload_percent and motion.has_torque
+        self._overload_ns = self._overload_ns + dt_ns if is_over else 0
+        if self._overload_ns > motion.overload_ns:
+            self._trip = Status.OVERLOAD
 
     @property
     def holds(self) -> bool:
         """Does the motor get current: torque on, and no fault that unloads it."""
-        return bool(self.get("torque_enable")) and not self.get("status") & self.get("unload_condition")
+        return self.motion().has_torque and not self.memory[_STATUS_ADDRESS] & self.memory[_UNLOAD_ADDRESS]
 
 
 class ServoBank:
@@ -184,9 +225,10 @@ class ServoBank:
         dt_ns: int,
     ) -> None:
         """Show the joints' state (J,) of the last dt_ns to the servos."""
-        for j, servo in enumerate(self.servos):
-            steps = CENTRE_STEP + position_rad[j] / RAD_PER_STEP
-            servo.sense(steps, velocity_rad_s[j] / RAD_PER_STEP, float(load[j]), dt_ns)
+        steps = (CENTRE_STEP + position_rad / RAD_PER_STEP).tolist()
+        steps_s = (velocity_rad_s / RAD_PER_STEP).tolist()
+        for servo, at, rate, share in zip(self.servos, steps, steps_s, load.tolist(), strict=True):
+            servo.sense(at, rate, share, dt_ns)
 
     def advance(self, dt_ns: int, out_rad: NDArray[np.float64]) -> None:
         """Move every set point for dt_ns; writes them, in rad, to out_rad (J,)."""

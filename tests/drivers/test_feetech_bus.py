@@ -1,0 +1,227 @@
+"""The bus against servos on a pty: what it reads and writes, and one error for each way in which a wire fails."""
+
+import os
+import time
+import tty
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from onbeat.drivers.feetech import errors
+from onbeat.drivers.feetech.device import BusSettings, FeetechBus, JointCalibration
+from onbeat.drivers.feetech.tables import Status
+from onbeat.drivers.interfaces import Actuators, JointState
+from onbeat.drivers.twin.servos import Answer
+
+
+def replaced(change: Callable[[bytes], bytes]) -> Callable[[Answer], Answer]:
+    return lambda answer: Answer(change(answer.data), answer.wire_ns)
+
+
+DROP = replaced(lambda data: data[:24] + data[36:])
+SILENCE = replaced(lambda data: data[:0])
+CUT = replaced(lambda data: data[:-3])
+FLIP = replaced(lambda data: data[:30] + bytes((data[30] ^ 4,)) + data[31:])
+SWAP = replaced(lambda data: data[12:24] + data[:12] + data[24:])
+NOISE = replaced(lambda data: b"\x00" + data[:-1])
+
+
+def late(delay_ms: float) -> Callable[[Answer], Answer]:
+    return lambda answer: Answer(answer.data, round(delay_ms * 1e6))
+
+
+def test_reads_positions_in_radians(far, joints, state: JointState) -> None:
+    before_ns = time.monotonic_ns()
+    with FeetechBus(far.port, joints) as bus:
+        bus.read(state)
+    np.testing.assert_allclose(state.position_rad, np.linspace(-1.0, 1.0, 6), atol=0.5 * 2 * np.pi / 4096 + 1e-9)
+    assert before_ns < state.t_ns < time.monotonic_ns()
+
+
+def test_is_what_the_runtime_calls_actuators(far, joints) -> None:
+    with FeetechBus(far.port, joints) as bus:
+        actuators: Actuators = bus
+        assert actuators.joints == tuple(joints)
+
+
+def test_goals_reach_the_registers_through_the_calibration(far) -> None:
+    joints = {"a": JointCalibration(1, 2048, 1), "b": JointCalibration(2, 1000, -1)}
+    with FeetechBus(far.port, joints) as bus:
+        pair = JointState(0, np.zeros(2), np.zeros(2), np.zeros(2))
+        bus.exchange(np.array([np.pi / 2, 0.5]), pair)
+    assert far.bank.servos[0].get("goal_position") == 3072
+    assert far.bank.servos[1].get("goal_position") == 1000 - 326
+    assert far.bank.servos[2].get("goal_position") == 2048
+
+
+def test_torque_on_holds_where_the_arm_is(far, joints) -> None:
+    with FeetechBus(far.port, joints) as bus:
+        bus.enable(True)
+        assert [bus.read_register(joint, "torque_enable") for joint in joints] == [1] * 6
+        assert [s.get("goal_position") for s in far.bank.servos] == [s.get("present_position") for s in far.bank.servos]
+        bus.enable(False)
+    assert [s.get("torque_enable") for s in far.bank.servos] == [0] * 6
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_close_leaves_torque_as_configured(far, joints, release: bool) -> None:
+    with FeetechBus(far.port, joints, BusSettings(release_on_close=release)) as bus:
+        bus.enable(True)
+    bus.close()
+    assert far.bank.servos[0].get("torque_enable") == int(not release)
+
+
+def test_eeprom_is_locked_again_after_a_write(far, joints) -> None:
+    with FeetechBus(far.port, joints) as bus:
+        bus.write_register("elbow_flex", "position_offset", -85)
+        assert bus.read_register("elbow_flex", "position_offset") == -85
+        assert bus.read_register("elbow_flex", "lock") == 1
+    far.bank.servos[2].power_cycle()
+    assert far.bank.servos[2].get("position_offset") == -85
+
+
+@pytest.mark.parametrize("goal", [np.nan, np.inf, 3.3])
+def test_a_bad_goal_is_refused_and_nothing_moves(far, joints, goal: float) -> None:
+    with FeetechBus(far.port, joints) as bus:
+        writes = far.bank.counts["goal_writes"]
+        with pytest.raises(errors.GoalRefused, match="wrist_flex"):
+            bus.write(np.array([0, 0, 0, goal, 0, 0]))
+        bus.ping(1)
+        assert far.bank.counts["goal_writes"] == writes
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "named"),
+    [
+        (SILENCE, errors.NoReply, r"servo 1 \(shoulder_pan\)"),
+        (DROP, errors.NoReply, r"servo 3 \(elbow_flex\)"),
+        (CUT, errors.ShortReply, r"servo 6 \(gripper\)"),
+        (FLIP, errors.BadChecksum, r"servo 3 \(elbow_flex\)"),
+        (SWAP, errors.WrongServo, r"servo 1 \(shoulder_pan\)"),
+        (NOISE, errors.BadReply, r"servo 1 \(shoulder_pan\)"),
+    ],
+)
+def test_each_wire_fault_is_its_own_error(far, joints, state, once, spoil, error, named: str) -> None:
+    with FeetechBus(far.port, joints, once) as bus:
+        far.spoil.append(spoil)
+        with pytest.raises(error, match=named) as caught:
+            bus.read(state)
+        assert type(caught.value) is error
+        assert str(caught.value).endswith(error.remedy)
+        bus.read(state)  # the line is clean again
+
+
+@pytest.mark.parametrize("spoil", [SILENCE, DROP, CUT, FLIP, SWAP, NOISE])
+def test_a_fault_within_the_retries_is_counted_and_not_raised(far, joints, state, spoil) -> None:
+    with FeetechBus(far.port, joints, BusSettings(timeout_ms=200.0, retries=1)) as bus:
+        before = bus.faults()
+        far.spoil.append(spoil)
+        bus.read(state)
+        after = bus.faults()
+    assert sum(after.values()) - sum(before.values()) == 2
+    assert after["ok"] - before["ok"] == 1
+
+
+def test_a_late_reply_is_never_taken_for_the_next(far, joints, state) -> None:
+    with FeetechBus(far.port, joints, BusSettings(timeout_ms=150.0, settle_ms=2.0, retries=0)) as bus:
+        bus.read(state)
+        far.spoil.append(late(300.0))
+        with pytest.raises(errors.NoReply):
+            bus.read(state)
+        time.sleep(0.4)
+        far.bank.sense(np.full(6, 0.25), np.zeros(6), np.zeros(6), 0)
+        bus.read(state)
+        np.testing.assert_allclose(state.position_rad, 0.25, atol=1e-3)
+        assert bus.faults()["late_reply"] == 1
+
+
+def test_a_reply_that_comes_while_the_line_settles_is_drained(far, joints, state) -> None:
+    with FeetechBus(far.port, joints, BusSettings(timeout_ms=150.0, settle_ms=300.0, retries=1)) as bus:
+        far.spoil.append(late(250.0))
+        far.bank.sense(np.full(6, 0.25), np.zeros(6), np.zeros(6), 0)
+        bus.read(state)
+        assert bus.faults()["no_reply"] == 1
+        assert bus.faults()["late_reply"] == 0
+
+
+@pytest.mark.parametrize(
+    ("bits", "error"),
+    [
+        (Status.OVERLOAD | Status.VOLTAGE, errors.ServoOverload),
+        (Status.TEMPERATURE, errors.ServoOverheat),
+        (Status.CURRENT, errors.ServoOvercurrent),
+        (Status.VOLTAGE, errors.ServoVoltage),
+        (Status.SENSOR, errors.ServoSensor),
+    ],
+)
+def test_a_servo_in_trouble_is_named_after_its_state_was_stored(far, joints, state, bits, error) -> None:
+    with FeetechBus(far.port, joints) as bus:
+        far.bank.servos[4].put("status", int(bits))
+        with pytest.raises(error, match=r"servo 5 \(wrist_roll\)"):
+            bus.read(state)
+    assert state.position_rad[5] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_unplugged_while_open(far, joints, state) -> None:
+    with FeetechBus(far.port, joints) as bus:
+        far.unplug()
+        with pytest.raises(errors.PortLost, match="gone"):
+            bus.read(state)
+        with pytest.raises(errors.PortLost):
+            bus.write(np.zeros(6))
+        with pytest.raises(errors.PortLost):
+            bus.read_register("gripper", "id")
+
+
+def test_close_after_unplugging_is_quiet(far, joints) -> None:
+    bus = FeetechBus(far.port, joints, BusSettings(release_on_close=True))
+    far.unplug()
+    bus.close()
+    bus.close()
+
+
+def test_a_port_that_is_not_there(joints) -> None:
+    with pytest.raises(errors.PortMissing, match="/dev/no-such-port"):
+        FeetechBus("/dev/no-such-port", joints)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/etc/hostname"])
+def test_a_path_that_is_no_serial_port(joints, path: str) -> None:
+    with pytest.raises(errors.NotAServoBus, match="no serial port"):
+        FeetechBus(path, joints)
+
+
+def test_a_port_in_use(far, joints) -> None:
+    with FeetechBus(far.port, joints), pytest.raises(errors.PortBusy):
+        FeetechBus(far.port, joints)
+
+
+def test_a_silent_port_is_no_servo_bus(joints) -> None:
+    master, slave = os.openpty()
+    try:
+        tty.setraw(slave)
+        with pytest.raises(errors.NotAServoBus, match="no servo answers"):
+            FeetechBus(os.ttyname(slave), joints, BusSettings(timeout_ms=2.0, settle_ms=1.0, retries=0))
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_a_port_that_echoes_is_no_servo_bus(far, joints, monkeypatch) -> None:
+    monkeypatch.setattr(far, "feed", lambda data, _now_ns: Answer(data, 0))
+    with pytest.raises(errors.NotAServoBus, match="is a model"):
+        FeetechBus(far.port, joints)
+
+
+def test_missing_servos_are_named(far, joints) -> None:
+    joints["second_gripper"] = JointCalibration(9)
+    joints["third_gripper"] = JointCalibration(11)
+    with pytest.raises(errors.ServoMissing, match=r"9 \(second_gripper\), 11 \(third_gripper\)"):
+        FeetechBus(far.port, joints, BusSettings(retries=0))
+
+
+def test_a_failed_open_gives_the_port_back(far, joints) -> None:
+    with pytest.raises(errors.ServoMissing):
+        FeetechBus(far.port, {**joints, "x": JointCalibration(9)}, BusSettings(retries=0))
+    FeetechBus(far.port, joints).close()
