@@ -1,6 +1,6 @@
 """Demonstrations: what the expert saw and did, one file per lift, and the command that collects them.
 
-    python -m onbeat.training.demonstrations --episodes 450 --seed 1000 --out DIR --workers 2
+    python -m onbeat.training.demonstrations --episodes 480 --seed 1000 --out DIR --workers 2
 
 Letters: T policy steps, V views, H x W pixels, J joints. What and why: docs/decisions/0010-demonstrations.md.
 """
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m onbeat.training.demonstrations", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--episodes", type=int, default=450, help="lifts to try, in chains of three that end at a failed one"
+        "--episodes", type=int, default=480, help="lifts to try, in chains of three that end at a failed one"
     )
     parser.add_argument("--seed", type=int, default=1000, help="the first chain's seed; the next ones count up")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -149,10 +149,11 @@ def approach(
     """
     period_s, change = POLICY_PERIOD_NS / 1e9, MAX_SPEED_CHANGE_RAD_S
     distance = target - position
-    away = np.abs(distance)
-    stopping = -change / 2 + np.sqrt(change**2 / 4 + 2 * change * away / period_s)
-    fastest = np.minimum(np.where(away <= change * period_s, away / period_s, stopping), MAX_SPEED_RAD_S)
-    pace = np.min(fastest / np.maximum(away, 1e-9), where=away > 1e-6, initial=1 / period_s)
+    away = np.abs(distance) / period_s
+    # Braking by `change` a row, n rows with speeds v, v - change, ... add up to the distance.
+    rows = np.maximum(np.ceil(np.sqrt(0.25 + 2 * away / change) - 0.5), 1)
+    fastest = np.minimum(away / rows + change * (rows - 1) / 2, MAX_SPEED_RAD_S)
+    pace = np.min(fastest / np.maximum(away, 1e-9), where=away > 1e-6, initial=1) / period_s
     turn = distance * pace - velocity
     return velocity + turn * (change / max(float(np.max(np.abs(turn))), change))
 

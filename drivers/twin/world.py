@@ -58,7 +58,7 @@ class World:
         self.model = mujoco.MjModel.from_xml_path(str(SCENE))
         self.data = mujoco.MjData(self.model)
         largest = self.model.vis.global_.offheight, self.model.vis.global_.offwidth
-        assert frame_size[0] <= largest[0] and frame_size[1] <= largest[1], (frame_size, largest)
+        assert np.less_equal(frame_size, largest).all(), (frame_size, largest)
         self.frame_size = frame_size
         self._renderer: Renderer | None = None
         self._arm = slice(0, len(JOINTS))

@@ -270,7 +270,7 @@ def test_a_machine_that_cannot_draw_says_what_to_install(monkeypatch: pytest.Mon
     undrawn = World()
 
     def no_module(name: str) -> None:
-        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+        raise AttributeError(f"{name}: 'NoneType' object has no attribute 'eglQueryString'")
 
     monkeypatch.setattr(render, "_open_context", lambda width, height: open_blocked(no_module, width, height))
     with pytest.raises(render.RenderUnavailable, match=r"apt-get install libegl1 libgl1-mesa-dri libosmesa6"):
