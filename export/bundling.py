@@ -10,6 +10,7 @@ import onnxruntime
 import torch
 
 from onbeat import __version__
+from onbeat.embodiment.errors import OnbeatError
 from onbeat.export.digest import digest_checkpoint
 from onbeat.export.graphs import FLOW_FILE, PREFIX_FILE, write_graphs
 from onbeat.export.prefix_graph import PrefixLayout
@@ -28,11 +29,16 @@ from onbeat.runtime.language import PolicyLanguage
 from onbeat.runtime.onnx_engine import OnnxEngine
 from onbeat.runtime.prompt import Prompt
 from onbeat.training.checkpoint import load_checkpoint
+from onbeat.training.config import PolicyConfig
 from onbeat.training.model.policy import Policy
 from onbeat.training.torch_engine import TorchEngine, build_engine
 
 GATES = ("expectation", "directions", "off")
 SAMPLE_INSTRUCTION = "pick up the cube"  # any: the graphs take every length
+
+
+class WrongTokenizer(OnbeatError):
+    """A tokenizer that does not belong to the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ def export_bundle(recipe: Recipe, target: Path, *, replace: bool = False) -> Bun
 def _fill(recipe: Recipe, folder: Path) -> Manifest:
     network = _open_network(recipe)
     prompt = recipe.language.prompt(SAMPLE_INSTRUCTION)
+    check_vocabulary(recipe.language, network.policy.config)
     recipe.language.save(folder)
     layout = PrefixLayout(network.spec.views, prompt.image_start, prompt.state_index)
     write_graphs(network.policy, layout, network.spec.sampler, folder)
@@ -77,6 +84,15 @@ def _fill(recipe: Recipe, folder: Path) -> Manifest:
         made_with=_versions(),
         files={path.name: hash_file(path) for path in sorted(folder.iterdir())},
     )
+
+
+def check_vocabulary(language: PolicyLanguage, config: PolicyConfig) -> None:
+    """Raise WrongTokenizer when the tokenizer can give a token that the embedding has no row for."""
+    largest, rows = max(language.tokenizer.get_vocab().values()), config.decoder.vocabulary
+    if largest >= rows:
+        raise WrongTokenizer(
+            f"the tokenizer has token {largest}, the checkpoint's embedding only {rows} rows: use the checkpoint's own"
+        )
 
 
 def _open_network(recipe: Recipe) -> TorchEngine:

@@ -188,5 +188,5 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.startswith(("in/", "rng/", "out/"))}
-    except (OSError, ValueError, KeyError, BadZipFile) as problem:
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as problem:
         raise CaseError(f"{path} cannot be read ({problem}): record the case again") from None

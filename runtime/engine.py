@@ -86,6 +86,6 @@ class Engine(Protocol):
         """Sample one chunk.
 
         noise: (I, C, 200). directions: raw, (I-1, T, M, H), required when the gate is "directions". prev_chunk:
-        (R, 200), row 0 due at the observation's time, padded by its last row or cut to C; its first `delay` rows are kept.
+        (R, 200), row 0 due at the observation's time, padded by its last row or cut to C; its first `delay` rows stay.
         """
         ...

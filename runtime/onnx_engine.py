@@ -65,10 +65,11 @@ class OnnxEngine:
 
     def prefix(self, inputs: PolicyInputs) -> CacheHandle:
         """Run vision and prefix. Raises InputError for inputs of another shape than the policy's."""
-        self._check_inputs(inputs)
+        self._check_layout(inputs)
         prefix, _ = self._bind(len(inputs.token_ids))
         for name, array in (("views", inputs.views), ("token_ids", inputs.token_ids), ("state", inputs.state)):
-            np.copyto(prefix.inputs[name], array)
+            fill(prefix.inputs, name, array)
+        self._handle = None
         prefix.run()
         self._handle = CacheHandle(prefix.outputs)
         return self._handle
@@ -86,24 +87,23 @@ class OnnxEngine:
         if self._bound is None or prefix is not self._handle:
             raise InputError("this prefix was overwritten by a later one: run the flow before the next prefix")
         flow = self._bound[1]
-        np.copyto(flow.inputs["noise"], checked("noise", noise, flow.inputs["noise"].shape))
-        if "directions" in flow.inputs:
-            np.copyto(flow.inputs["directions"], _given_directions(directions, flow.inputs["directions"].shape))
         flow.inputs["delay"][...] = check_delay(delay, prev_chunk, self.spec.chunk)
+        fill(flow.inputs, "noise", noise)
+        if "directions" in flow.inputs:
+            fill(flow.inputs, "directions", _given(directions))
         if prev_chunk is not None:
-            np.copyto(flow.inputs["prev_chunk"], fit_chunk(prev_chunk, self.spec.chunk))
+            fill(flow.inputs, "prev_chunk", fit_chunk(prev_chunk, self.spec.chunk))
         flow.run()
         return _result(flow.outputs)
 
-    def _check_inputs(self, inputs: PolicyInputs) -> None:
-        spec = self.spec
-        checked("views", inputs.views, (spec.views, spec.image_size, spec.image_size, 3))
-        checked("state", inputs.state, (UNIFIED_DIM,))
+    def _check_layout(self, inputs: PolicyInputs) -> None:
         if (inputs.image_start, inputs.state_index) != self._layout:
             raise InputError(
                 f"images start at token {inputs.image_start} and the state is token {inputs.state_index}, "
                 f"the graphs were made for {self._layout}: export the bundle again"
             )
+        if inputs.token_ids.ndim != 1 or len(inputs.token_ids) <= inputs.state_index:
+            raise InputError(f"token_ids has shape {inputs.token_ids.shape}: give the whole prefix, the state's included")
 
     def _bind(self, tokens: int) -> tuple[BoundSession, BoundSession]:
         """Sessions bound to buffers for `tokens` prefix tokens; the prefix's outputs are the flow's inputs."""
@@ -137,11 +137,16 @@ def bind_session(session: ort.InferenceSession, shared: Arrays, tokens: int) -> 
     return BoundSession(session, binding, inputs, outputs)
 
 
-def checked(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """`array` if it has `shape`. Raises InputError."""
-    if array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}, this policy takes {shape}: give an array of that shape")
-    return array
+def fill(into: Arrays, name: str, array: NDArray[Any]) -> None:
+    """Copy `array` into the buffer `name`. Raises InputError for another shape or type, and for what is not finite."""
+    buffer = into[name]
+    if array.shape != buffer.shape or not np.can_cast(array.dtype, buffer.dtype, "same_kind"):
+        raise InputError(
+            f"{name} is {array.dtype} {array.shape}, this policy takes {buffer.dtype} {buffer.shape}: give that"
+        )
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} holds values that are not finite: check where it comes from")
+    np.copyto(buffer, array, casting="same_kind")
 
 
 def check_delay(delay: int, prev_chunk: NDArray[np.float32] | None, chunk: int) -> int:
@@ -160,12 +165,10 @@ def fit_chunk(prev_chunk: NDArray[np.float32], chunk: int) -> NDArray[np.float32
     return prev_chunk[np.minimum(np.arange(chunk), len(prev_chunk) - 1)]
 
 
-def _given_directions(directions: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _given(directions: NDArray[np.float32] | None) -> NDArray[np.float32]:
     if directions is None:
-        raise InputError(
-            f"this policy's gate takes directions of shape {shape}: give them, or export with another gate"
-        )
-    return checked("directions", directions, shape)
+        raise InputError("this policy's gate takes directions: give them, or export with the expectation gate")
+    return directions
 
 
 def _zeros(node: ort.NodeArg, tokens: int) -> NDArray[Any]:

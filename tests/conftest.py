@@ -1,0 +1,23 @@
+"""Fixtures of several areas: the recorded cases, and bundles exported from them once per run."""
+
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded cases."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one exported bundle per recorded case. Read only: copy what you damage."""
+    from onbeat.export.export import main
+
+    folder = tmp_path_factory.mktemp("bundles")
+    assert main(["--cases", str(GOLDEN), str(folder)]) == 0
+    return folder
