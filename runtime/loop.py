@@ -185,7 +185,7 @@ def prepare_real_time() -> dict[str, str]:
 
 def _ask_for_fifo() -> str:
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(FIFO_PRIORITY))
     except OSError as refusal:
         return f"not got: {refusal.strerror}"
     return "got"
