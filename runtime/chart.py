@@ -68,9 +68,11 @@ def _row(y: float, width: int, text: str) -> str:
 def labelled_ticks(limits: tuple[float, float], count: int) -> list[tuple[float, str]]:
     """About `count` round values within limits (steps of 1, 2 or 5 x 10^n), and how each is written."""
     low, high = limits
+    if count == 0:
+        return []
     if not high > low:
         return [(low, f"{low:g}")]
-    step = round_step((high - low) / max(count, 1))
+    step = round_step((high - low) / count)
     digits = max(0, -math.floor(math.log10(step)))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [(k * step, f"{k * step:.{digits}f}") for k in range(first, last + 1)]
@@ -117,10 +119,12 @@ def block(axes: Axes, x_span: tuple[float, float], y_span: tuple[float, float], 
 
 def marker(axes: Axes, x: float, css: str, text: str = "", depth: int = 0) -> str:
     """A vertical line; `text` at its head, `depth` lines down so that neighbours do not collide."""
-    at = axes.x(x)
+    at, middle = axes.x(x), (LEFT + axes.width - RIGHT) / 2
     stroke = f'<line class="{css}" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{axes.height - BOTTOM}"/>'
-    name = f'<text class="note" x="{at + 3:.1f}" y="{TOP + 9 + 11 * depth}">{escape(text)}</text>' if text else ""
-    return stroke + name
+    # Words stand on the side that has room.
+    side, anchor = (3, "start") if at < middle else (-3, "end")
+    place = f'x="{at + side:.1f}" y="{TOP + 9 + 11 * depth}" text-anchor="{anchor}"'
+    return f'{stroke}<text class="note" {place}>{escape(text)}</text>' if text else stroke
 
 
 def note(axes: Axes, x: float, y: float, text: str, anchor: str = "start") -> str:

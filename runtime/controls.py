@@ -27,8 +27,8 @@ class Stretch(NamedTuple):
 def redraw_weights(bundle: Path, out: Path, *, seed: int) -> Path:
     """Copy `bundle` to `out` with the numbers of every weight array in another order; returns `out`.
 
-    So each array keeps its distribution and loses its meaning. Arrays so small that they lie in the graph itself (narrow
-    biases, gains of norms) stay. Raises BundleError, NoGraphReader.
+    So each array keeps its distribution and loses its meaning. Arrays small enough to lie in the graph itself
+    (narrow biases, gains of norms) stay. Raises BundleError, NoGraphReader.
     """
     manifest = load_bundle(bundle).manifest
     shutil.copytree(bundle, out, ignore=shutil.ignore_patterns(".*"))

@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 
 from onbeat.runtime import chart
 from onbeat.runtime.measures import figure, histogram
-from onbeat.runtime.report import FIELDS, STAGES, ChunkRecord, Field, RunRecords, stage_samples
+from onbeat.runtime.run_records import Attempt, ChunkRecord, RunRecords
+from onbeat.runtime.summary import FIELDS, STAGES, Field, Stage, stage_samples
 
 COLUMNS = 900  # points drawn per curve: about one per pixel
 BINS = 48
+LANE_PX = 26
 TIMELINE_S = 3.0  # of the chunk timeline: long enough for several hand-overs, short enough to see rows
 Report = Mapping[str, Any]
 
 
-def render(report: Report, records: RunRecords) -> str:
-    """The page. report: as `summarise` returns it; records: of the same run."""
+def render(report: Report, run: RunRecords) -> str:
+    """The page. report: as `summarise` returns it; run: its records."""
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    sections = "".join(section(report, records) for section in SECTIONS)
+    sections = "".join(section(report, run) for section in SECTIONS)
     title = f"Onbeat run, {report['robot']}"
     return template.substitute(title=escape(title), lead=_lead(report), tiles=_tiles(report), sections=sections)
 
@@ -36,14 +38,19 @@ def _lead(report: Report) -> str:
 
 def _tiles(report: Report) -> str:
     low, high = (100 * share for share in report["success_interval"])
-    lateness, inference = report["stages"]["tick lateness"], report["inference"]
+    lateness, inference = report["stages"][STAGES["lateness"].name], report["inference"]
     tiles = (
         (report["successes"], f"of {report['attempts']}", "task success", f"95 %: {low:.0f}–{high:.0f} %"),
         (figure(report["rate_hz"], 1), "Hz", "loop rate", f"wanted {figure(report['rate_hz_wanted'], 0)} Hz"),
         (report["missed_ticks"], f"of {report['ticks']}", "missed ticks", _on_the_wire(report["missed_ticks_wire"])),
         (figure(lateness["p99_ms"]), "ms", "tick lateness, p99", f"max {figure(lateness['max_ms'])} ms"),
         (figure(inference["p50_ms"], 0), "ms", "inference, p50", f"p99 {figure(inference['p99_ms'], 0)} ms"),
-        (report["delay_exceeded"], f"of {report['chunks']}", "chunks too late", "against their delay"),
+        (
+            report["delay_exceeded"],
+            f"of {report['chunks']}",
+            "chunks beyond their delay",
+            f"dropped: {report['chunks_late']}",
+        ),
     )
     return "".join(_tile(f"{value} <small>{unit}</small>", name, detail) for value, unit, name, detail in tiles)
 
@@ -64,10 +71,10 @@ def _figure(caption: str, detail: str, drawing: str) -> str:
     return f"<figure><figcaption>{escape(caption)} <em>{escape(detail)}</em></figcaption>{drawing}</figure>"
 
 
-def _cameras(_: Report, records: RunRecords) -> str:
-    if not records.pictures:
+def _cameras(_: Report, run: RunRecords) -> str:
+    if not run.pictures:
         return ""
-    views = "".join(_figure(name, "", _picture(name, data)) for name, data in records.pictures.items())
+    views = "".join(_figure(name, "", _picture(name, data)) for name, data in run.pictures.items())
     return _section("What the policy saw", "The last camera frames of the run.", f'<div class="grid2">{views}</div>')
 
 
@@ -76,171 +83,191 @@ def _picture(name: str, data: bytes) -> str:
     return f'<img alt="{escape(name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
-def _success(report: Report, records: RunRecords) -> str:
-    truth = records.truth
-    if len(truth.t_ns) == 0:
+def _task(report: Report, run: RunRecords) -> str:
+    truth = run.truth
+    if truth is None or len(truth.t_ns) == 0:
         return ""
-    zero = _zero_ns(records)
-    height_cm = truth.height_m * 100
-    axes = chart.Axes(1060, 190, (0.0, max(report["duration_s"], 1.0)), (0.0, max(6.0, float(height_cm.max()) * 1.08)))
-    spans = [(a, ((a.start_ns - zero) / 1e9, (a.end_ns - zero) / 1e9)) for a in truth.attempts]
-    blocks = (chart.block(axes, span, axes.y_range, "ink won" if a.success_ns else "ink lost",
-                          f"{span[0]:.1f}-{span[1]:.1f} s: {'success' if a.success_ns else 'no success'}")
-              for a, span in spans)  # fmt: skip
-    wins = (chart.marker(axes, (a.success_ns - zero) / 1e9, "pen good", f"{(a.success_ns - a.start_ns) / 1e9:.1f} s")
-            for a in truth.attempts if a.success_ns is not None)  # fmt: skip
-    keep = chart.sparse(len(height_cm), COLUMNS)
-    curve = chart.line(axes, ((truth.t_ns - zero) / 1e9)[keep].tolist(), height_cm[keep].tolist(), "pen a")
-    grid = chart.grid(axes, x_label="time, s", y_label="cube height, cm", x_ticks=10)
-    drawing = chart.svg(axes, *blocks, grid, curve, *wins, title="height of the cube over time, attempts shaded")
-    words = "Judged in the simulated world, which the policy cannot see. A line marks a success, and after how long."
-    key = chart.legend(
-        [("ink a", "height of the cube over its rest"), ("ink won", "success"), ("ink lost", "no success")]
+    keep = chart.sparse(len(truth.t_ns), COLUMNS)
+    times, height_cm = _seconds(run, truth.t_ns[keep]), 100 * truth.height_m[keep]
+    axes = _wide_axes(report, (0.0, max(6.0, float(height_cm.max()) * 1.08)))
+    drawing = chart.svg(
+        axes,
+        *(_attempt(axes, run, attempt) for attempt in truth.attempts),
+        chart.grid(axes, x_label="time, s", y_label="cube height, cm", x_ticks=10),
+        chart.line(axes, times.tolist(), height_cm.tolist(), "pen a"),
+        title="height of the cube over time, attempts shaded",
     )
+    words = "Judged in the simulated world, which the policy cannot see. A line marks a success, and after how long."
+    key = chart.legend([("ink a", "height of the cube"), ("ink won", "success"), ("ink lost", "no success")])
     return _section("The task", words, key, f'<div class="wide">{drawing}</div>')
 
 
-def _zero_ns(records: RunRecords) -> int:
-    return int(records.ticks.start_ns[0]) if len(records.ticks.start_ns) else 0
+def _attempt(axes: chart.Axes, run: RunRecords, attempt: Attempt) -> str:
+    start, end = _seconds(run, attempt.start_ns), _seconds(run, attempt.end_ns)
+    if attempt.success_ns is None:
+        return chart.block(axes, (start, end), axes.y_range, "ink lost", f"{start:.1f}-{end:.1f} s: no success")
+    shade = chart.block(axes, (start, end), axes.y_range, "ink won", f"{start:.1f}-{end:.1f} s: success")
+    took_s = (attempt.success_ns - attempt.start_ns) / 1e9
+    return shade + chart.marker(axes, _seconds(run, attempt.success_ns), "pen good", f"{took_s:.1f} s")
 
 
-def _timeline(_: Report, records: RunRecords) -> str:
-    window = timeline_window(records)
-    chunks = [c for c in records.chunks if c.published_ns > window[0] and c.t0_ns < window[1]]
+def _seconds(run: RunRecords, t_ns: Any) -> Any:
+    """Seconds since the first tick, of a time or of an array of times."""
+    ticks = run.ticks.start_ns
+    return (t_ns - (int(ticks[0]) if len(ticks) else 0)) / 1e9
+
+
+def _wide_axes(report: Report, y_range: tuple[float, float], height: int = 190) -> chart.Axes:
+    return chart.Axes(1060, height, (0.0, max(report["duration_s"], 1e-3)), y_range)
+
+
+def _timeline(_: Report, run: RunRecords) -> str:
+    window = timeline_window(run)
+    chunks = [c for c in run.chunks if c.chunk_id >= 0 and c.published_ns > window[0] and c.t0_ns < window[1]]
     if not chunks:
         return ""
-    rows_run = executed_rows(records)
-    axes = chart.Axes(1060, 44 + 30 * len(chunks), _seconds(window, records), (float(len(chunks)), 0.0))
-    lanes = (_lane(axes, lane, c, records, rows_run) for lane, c in enumerate(chunks))
-    labels = (chart.note(axes, axes.x_range[0], i + 0.62, f"#{c.sequence}", "end") for i, c in enumerate(chunks))
-    grid = chart.grid(axes, x_label="time, s", y_label="", x_ticks=12, y_ticks=1)
-    key = chart.legend([
-        ("ink pale", "observation captured, waiting for inference"), ("ink b", "inference"), ("ink a", "row executed"),
-        ("ink wash", "row not executed: the chunk was not there yet, or the next one had come"),
-    ])  # fmt: skip
-    words = (
-        f"{TIMELINE_S:.0f} s from the middle of the run. A chunk is stamped with the time of its observation; when it is "
-        "published, rows that are past are skipped and the rows from there on replace those of the chunk before."
+    executed = executed_rows(run)
+    start, end = (_seconds(run, t_ns) for t_ns in window)
+    axes = chart.Axes(1060, 44 + LANE_PX * len(chunks), (start, end), (float(len(chunks)), 0.0))
+    drawing = chart.svg(
+        axes,
+        chart.grid(axes, x_label="time, s", y_label="chunk", x_ticks=12, y_ticks=0),
+        *(_lane(axes, lane, chunk, run, executed) for lane, chunk in enumerate(chunks)),
+        title="which rows of which chunk were executed when",
     )
-    drawing = chart.svg(axes, grid, *lanes, *labels, title="which rows of which chunk were executed when")
-    return _section("Chunk timeline: observation to command", words, key, f'<div class="wide">{drawing}</div>')
+    words = (
+        f"{TIMELINE_S:.0f} s from the middle of the run. Row 0 of a chunk is due at its observation. When a chunk is "
+        "published, what is past is skipped, and from its first own row on it replaces the chunk before."
+    )
+    return _section(
+        "Chunk timeline: observation to command", words, chart.legend(ROWS), f'<div class="wide">{drawing}</div>'
+    )
 
 
-def timeline_window(records: RunRecords) -> tuple[int, int]:
+ROWS = (
+    ("ink pale", "waiting since the capture of the observation"),
+    ("ink b", "inference"),
+    ("ink lock", "row locked to the chunk before"),
+    ("ink a", "row executed"),
+    ("ink wash", "row past before the chunk came, or replaced by the next"),
+)
+
+
+def timeline_window(run: RunRecords) -> tuple[int, int]:
     """TIMELINE_S from the middle of the run, ns."""
-    start = records.ticks.start_ns
+    start = run.ticks.start_ns
     middle = int(start[len(start) // 2]) if len(start) else 0
     half = round(TIMELINE_S / 2 * 1e9)
     return middle - half, middle + half
 
 
-def executed_rows(records: RunRecords) -> set[tuple[int, int]]:
-    """(chunk, row) pairs that at least one tick executed."""
-    return set(zip(records.ticks.chunk.tolist(), records.ticks.row.tolist(), strict=True))
+def executed_rows(run: RunRecords) -> set[tuple[int, int]]:
+    """(chunk, row) pairs that were in force in at least one tick."""
+    return set(zip(run.ticks.chunk_id.tolist(), run.ticks.row.tolist(), strict=True))
 
 
-def _seconds(window_ns: tuple[int, int], records: RunRecords) -> tuple[float, float]:
-    zero = _zero_ns(records)
-    return (window_ns[0] - zero) / 1e9, (window_ns[1] - zero) / 1e9
+def _lane(axes: chart.Axes, lane: int, chunk: ChunkRecord, run: RunRecords, executed: set[tuple[int, int]]) -> str:
+    observed, started, published = (_seconds(run, t) for t in (chunk.t0_ns, chunk.started_ns, chunk.published_ns))
+    thin = (lane + 0.30, lane + 0.10)
+    hint = f"chunk {chunk.chunk_id}: inference {(published - started) * 1e3:.1f} ms, {chunk.delay} rows locked"
+    return "".join(
+        [
+            *(_row(axes, lane, chunk, k, run, executed) for k in range(chunk.rows)),
+            chart.block(axes, (observed, started), thin, "ink pale"),
+            chart.block(axes, (started, published), thin, "ink b", hint),
+            chart.note(axes, axes.x_range[0], lane + 0.75, f"#{chunk.chunk_id} ", "end"),
+        ]
+    )
 
 
-def _lane(axes: chart.Axes, lane: int, c: ChunkRecord, records: RunRecords, rows_run: set[tuple[int, int]]) -> str:
-    zero, period = _zero_ns(records), records.policy_period_ns
-    rows = (_row(axes, lane, c, k, _seconds((c.t0_ns + k * period, c.t0_ns + (k + 1) * period), records),
-                 (c.sequence, k) in rows_run) for k in range(c.rows))  # fmt: skip
-    started, published = (c.started_ns - zero) / 1e9, (c.published_ns - zero) / 1e9
-    waiting = chart.block(axes, ((c.t0_ns - zero) / 1e9, started), (lane + 0.30, lane + 0.12), "ink pale")
-    hint = f"chunk {c.sequence}: inference {(published - started) * 1e3:.1f} ms, delay used {c.delay} policy steps"
-    return "".join(rows) + waiting + chart.block(axes, (started, published), (lane + 0.30, lane + 0.12), "ink b", hint)
+def _row(
+    axes: chart.Axes, lane: int, chunk: ChunkRecord, k: int, run: RunRecords, executed: set[tuple[int, int]]
+) -> str:
+    start = _seconds(run, chunk.t0_ns + k * run.policy_period_ns)
+    end = start + 0.94 * run.policy_period_ns / 1e9
+    if (chunk.chunk_id, k) in executed:
+        css, state = "ink a", "executed"
+    else:
+        css, state = ("ink lock", "locked") if k < chunk.delay else ("ink wash", "not executed")
+    words = f"chunk {chunk.chunk_id}, row {k}: {state}"
+    return chart.block(axes, (start, end), (lane + 0.92, lane + 0.36), css, words)
 
 
-def _row(axes: chart.Axes, lane: int, c: ChunkRecord, k: int, span: tuple[float, float], executed: bool) -> str:
-    gap = (span[1] - span[0]) * 0.06
-    words = f"chunk {c.sequence}, row {k}: {'executed' if executed else 'not executed'}"
-    css = "ink a" if executed else "ink wash"
-    return chart.block(axes, (span[0], span[1] - gap), (lane + 0.88, lane + 0.36), css, words)
-
-
-def _latency(report: Report, records: RunRecords) -> str:
-    rows = "".join(_latency_row(name, report["stages"][name]) for name in STAGES)
+def _latency(report: Report, run: RunRecords) -> str:
+    rows = "".join(_latency_row(stage, report["stages"][stage.name]) for stage in STAGES.values())
     heads = "".join(f"<th>{name}</th>" for name in ("stage", "n", "p50, ms", "p95, ms", "p99, ms", "max, ms"))
-    charts = "".join(_stage(name, samples) for name, samples in stage_samples(records).items() if len(samples))
+    charts = "".join(_stage(STAGES[key].name, samples) for key, samples in stage_samples(run).items() if len(samples))
     return _section(
         "Latency, stage by stage",
         "Dashed lines: p50 and p99. What lies beyond the right edge is counted in the last bar.",
-        f"<table><tr>{heads}</tr>{rows}</table><br>",
+        f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div><br>',
         f'<div class="grid2">{charts}</div>',
     )
 
 
-def _latency_row(name: str, latency: Mapping[str, Any]) -> str:
+def _latency_row(stage: Stage, latency: Mapping[str, Any]) -> str:
     cells = "".join(f"<td>{figure(latency[key])}</td>" for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms"))
-    return f"<tr><td>{escape(name)}<em>{escape(STAGES[name])}</em></td><td>{latency['n']}</td>{cells}</tr>"
+    return f"<tr><td>{escape(stage.name)}<em>{escape(stage.meaning)}</em></td><td>{latency['n']}</td>{cells}</tr>"
 
 
 def _stage(name: str, samples_ns: NDArray[np.int64]) -> str:
     samples = samples_ns / 1e6
-    p50, p99 = np.percentile(samples, (50, 99))
-    shown = np.minimum(samples, max(p99 * 1.25, 1e-3))
-    bins = histogram(shown, BINS)
-    axes = chart.Axes(340, 170, (float(bins.edges[0]), float(bins.edges[-1])), (0.0, float(bins.counts.max()) * 1.12))
+    p50, p99 = (float(p) for p in np.percentile(samples, (50, 99)))
+    bins = histogram(np.minimum(samples, max(p99 * 1.25, 1e-3)), min(BINS, max(8, len(samples) // 8)))
+    axes = chart.Axes(340, 170, (float(bins.edges[0]), float(bins.edges[-1])), (0.0, float(bins.counts.max()) * 1.2))
     drawing = chart.svg(
         axes,
         chart.grid(axes, x_label="ms", y_label="count", x_ticks=5, y_ticks=3),
         chart.bars(axes, bins.edges.tolist(), bins.counts.tolist(), "ink a"),
-        chart.marker(axes, float(p50), "mark", f"p50 {p50:.2f}"),
-        chart.marker(axes, float(p99), "mark", f"p99 {p99:.2f}", depth=1),
+        chart.marker(axes, p50, "mark", f"p50 {p50:.2f}"),
+        chart.marker(axes, p99, "mark", f"p99 {p99:.2f}", depth=1),
         title=f"histogram of {name}",
     )
     return _figure(name, f"max {samples.max():.2f} ms", drawing)
 
 
-def _lateness(report: Report, records: RunRecords) -> str:
-    ticks = records.ticks
+def _lateness(report: Report, run: RunRecords) -> str:
+    ticks = run.ticks
     if len(ticks.start_ns) == 0:
         return ""
-    lateness = (ticks.start_ns - ticks.due_ns) / 1e6
-    xs, ys = chart.peaks((ticks.start_ns - _zero_ns(records)) / 1e9, lateness, COLUMNS)
-    axes = chart.Axes(1060, 190, (0.0, max(report["duration_s"], 1e-3)), (0.0, max(float(ys.max()) * 1.08, 0.1)))
-    grid = chart.grid(axes, x_label="time, s", y_label="lateness, ms", x_ticks=10)
-    curve = chart.line(axes, xs.tolist(), ys.tolist(), "pen a thin")
-    drawing = chart.svg(axes, grid, curve, title="tick lateness over time")
-    period_ms = 1e3 / report["rate_hz_wanted"]
+    times, worst = chart.peaks(_seconds(run, ticks.start_ns), (ticks.start_ns - ticks.due_ns) / 1e6, COLUMNS)
+    axes = _wide_axes(report, (0.0, max(float(worst.max()) * 1.08, 0.1)))
+    drawing = chart.svg(
+        axes,
+        chart.grid(axes, x_label="time, s", y_label="lateness, ms", x_ticks=10),
+        chart.line(axes, times.tolist(), worst.tolist(), "pen a thin"),
+        title="tick lateness over time",
+    )
     words = (
-        "How long after its deadline a tick began; each point is the worst of its stretch of time. A tick later than the "
-        f"period of {period_ms:.1f} ms is missed, counted and never replayed."
+        "How long after its deadline a tick began; each point is the worst of its stretch of time. A deadline whose "
+        f"whole period of {1e3 / report['rate_hz_wanted']:.1f} ms is gone is missed, counted and never made up for."
     )
     return _section("Tick lateness", words, f'<div class="wide">{drawing}</div>')
 
 
-def _joints(report: Report, records: RunRecords) -> str:
-    if len(records.ticks.start_ns) == 0:
+def _joints(report: Report, run: RunRecords) -> str:
+    if len(run.ticks.start_ns) == 0:
         return ""
-    charts = "".join(_joint(report, records, j) for j in range(len(records.joints)))
+    charts = "".join(_joint(report, run, j) for j in range(len(run.joints)))
     key = chart.legend([("ink a", "target sent"), ("ink b", "measured")])
-    return _section(
-        "Joints: target and measured",
-        "As sent to, and read from, the servo bus.",
-        key,
-        f'<div class="grid2">{charts}</div>',
-    )
+    words = "As sent to, and read from, the servo bus."
+    return _section("Joints: target and measured", words, key, f'<div class="grid2">{charts}</div>')
 
 
-def _joint(report: Report, records: RunRecords, j: int) -> str:
-    ticks = records.ticks
-    keep = chart.sparse(len(ticks.start_ns), COLUMNS)
+def _joint(report: Report, run: RunRecords, j: int) -> str:
+    ticks, keep = run.ticks, chart.sparse(len(run.ticks.start_ns), COLUMNS)
     goal, measured = (np.degrees(series[keep, j]) for series in (ticks.goal_rad, ticks.position_rad))
-    times = ((ticks.start_ns - _zero_ns(records)) / 1e9)[keep].tolist()
+    times = _seconds(run, ticks.start_ns[keep]).tolist()
     axes = chart.Axes(340, 170, (0.0, max(report["duration_s"], 1e-3)), _padded(np.concatenate((goal, measured))))
     drawing = chart.svg(
         axes,
         chart.grid(axes, x_label="time, s", y_label="degrees", x_ticks=5),
+        chart.line(axes, times, measured.tolist(), "pen b"),
         chart.line(axes, times, goal.tolist(), "pen a thin"),
-        chart.line(axes, times, measured.tolist(), "pen b thin"),
-        title=f"{records.joints[j]}: target and measured",
+        title=f"{run.joints[j]}: target and measured",
     )
-    error = float(np.sqrt(np.nanmean((goal - measured) ** 2)))
-    return _figure(records.joints[j].replace("_", " "), f"RMS difference {error:.1f}°", drawing)
+    error_deg = float(np.sqrt(np.nanmean(np.degrees(ticks.goal_rad[:, j] - ticks.position_rad[:, j]) ** 2)))
+    return _figure(run.joints[j].replace("_", " "), f"RMS difference {error_deg:.1f}°", drawing)
 
 
 def _padded(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -256,7 +283,7 @@ def _facts(report: Report, _: RunRecords) -> str:
         "Every figure",
         "As in report.json.",
         f'<table class="facts"><tr><th>field</th><th>value</th><th>meaning</th></tr>{rows}</table>',
-        f"<details><summary>effective config</summary><pre>{config}</pre></details>",
+        f"<details><summary>config: the effective one (object)</summary><pre>{config}</pre></details>",
     )
 
 
@@ -276,5 +303,11 @@ def _value(value: Any) -> str:
 
 
 SECTIONS: tuple[Callable[[Report, RunRecords], str], ...] = (
-    _success, _cameras, _timeline, _latency, _lateness, _joints, _facts,
-)  # fmt: skip
+    _task,
+    _cameras,
+    _timeline,
+    _latency,
+    _lateness,
+    _joints,
+    _facts,
+)

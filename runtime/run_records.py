@@ -1,0 +1,126 @@
+"""What was recorded of a run, as arrays: the loop's ticks, the chunks, and what the twin's world knew."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onbeat.drivers.twin import records
+from onbeat.runtime import record
+
+# T ticks, J joints, N samples, G goals.
+
+
+@dataclass(frozen=True, slots=True)
+class Ticks:
+    """The loop, tick by tick. due_ns, start_ns (T,) int64, monotonic clock; exchange_ns (T,) int64, a duration.
+
+    goal_rad, position_rad (T, J) float64: sent and read. chunk_id, row (T,) int64: the chunk in force and its row, -1
+    when none was. flags (T,) int64: see tick.FLAG_NAMES.
+    """
+
+    due_ns: NDArray[np.int64]
+    start_ns: NDArray[np.int64]
+    exchange_ns: NDArray[np.int64]
+    goal_rad: NDArray[np.float64]
+    position_rad: NDArray[np.float64]
+    chunk_id: NDArray[np.int64]
+    row: NDArray[np.int64]
+    flags: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecord:
+    """One chunk: observed at t0_ns (row 0 is due then), inferred from started_ns to published_ns.
+
+    chunk_id: -1 when it came too late for any of its rows. rows: its length. delay: rows locked to what was committed.
+    first_row: the first of its own, -1 when it came too late. stages_ns: name of record.STAGES -> duration.
+    """
+
+    chunk_id: int
+    t0_ns: int
+    started_ns: int
+    published_ns: int
+    rows: int
+    delay: int
+    first_row: int
+    stages_ns: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at the task that ended. success_ns: when it was judged a success, None when it was not."""
+
+    start_ns: int
+    end_ns: int
+    success_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What the twin knows. t_ns (N,) int64 and height_m (N,) float64 of the cube over its rest.
+
+    goals_ns: (G,) int64, when goals came over the wire.
+    """
+
+    t_ns: NDArray[np.int64]
+    height_m: NDArray[np.float64]
+    attempts: tuple[Attempt, ...]
+    goals_ns: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecords:
+    """All that was recorded. header: what ran, by names of summary.FIELDS. truth: None for a real arm.
+
+    pictures: view name -> PNG or JPEG bytes. missed_ticks, faults: as the loop and the bus counted them.
+    """
+
+    header: Mapping[str, Any]
+    joints: tuple[str, ...]
+    policy_period_ns: int
+    ticks: Ticks
+    missed_ticks: int
+    chunks: tuple[ChunkRecord, ...]
+    faults: Mapping[str, int]
+    truth: Truth | None
+    pictures: Mapping[str, bytes]
+
+
+def read_ticks(arrays: Mapping[str, NDArray[Any]]) -> Ticks:
+    """From the arrays of ticks.npz."""
+    return Ticks(**{field.name: arrays[field.name] for field in fields(Ticks)})
+
+
+def read_chunks(arrays: Mapping[str, NDArray[Any]]) -> tuple[ChunkRecord, ...]:
+    """From the arrays of chunks.npz."""
+    return tuple(_chunk(arrays, k) for k in range(len(arrays["t0_ns"])))
+
+
+def _chunk(arrays: Mapping[str, NDArray[Any]], k: int) -> ChunkRecord:
+    plain = {field.name: int(arrays[field.name][k]) for field in fields(ChunkRecord) if field.name != "stages_ns"}
+    return ChunkRecord(**plain, stages_ns={stage: int(arrays[f"{stage}_ns"][k]) for stage in record.STAGES})
+
+
+def read_truth(folder: Path) -> Truth:
+    """From the folder that the twin wrote."""
+    lines = list(records.read_truth(folder))
+    return Truth(
+        t_ns=np.array([line.t_ns for line in lines], np.int64),
+        height_m=np.array([line.cube_height_m for line in lines], np.float64),
+        attempts=tuple(_attempts(lines)),
+        goals_ns=records.read_goals(folder)["t_ns"].astype(np.int64),
+    )
+
+
+def _attempts(lines: Iterable[records.TruthLine]) -> Iterator[Attempt]:
+    """Those that ended; one that the end of the run cut short counts for nothing."""
+    start_ns = 0
+    for line in lines:
+        if line.event == "attempt_started":
+            start_ns = line.t_ns
+        elif line.event is not None:
+            yield Attempt(start_ns, line.t_ns, line.t_ns if line.event == "lifted" else None)

@@ -1,0 +1,191 @@
+"""The figures of a run: report.json, field by field, and the same as a table for the terminal."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onbeat.kernels.limit import ACCELERATION, HELD, POSITION, VELOCITY
+from onbeat.runtime import record
+from onbeat.runtime.measures import figure, summarise_ns, text_table, wilson_interval
+from onbeat.runtime.run_records import RunRecords, Truth
+from onbeat.runtime.tick import FLAG_NAMES, REFUSED
+
+LIMIT_FLAGS = (POSITION, VELOCITY, ACCELERATION, REFUSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One row of the latency table. meaning: from when to when."""
+
+    name: str
+    meaning: str
+
+
+# In the order of the data flow: the stages of an inference under their names in the records, then those of the loop.
+STAGES = {
+    "camera_age": Stage("camera age", "capture of the oldest frame to the start of the inference"),
+    "observe": Stage("observe", "frames and joints to network inputs"),
+    "prefix": Stage("vision + prefix", "images, instruction and state to K/V"),
+    "flow": Stage("flow", "all flow steps, gate included"),
+    "publish": Stage("publish", "actions to joint targets in the loop's buffer"),
+    "lateness": Stage("tick lateness", "deadline to the start of the tick"),
+    "exchange": Stage("bus exchange", "sync write and sync read of all servos"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One entry of report.json."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+FIELDS = (
+    Field("started", "ISO 8601, wall clock", "when the run began"),
+    Field("duration_s", "s", "first tick to last"),
+    Field("robot", "name", "the robot config that ran"),
+    Field("config", "object", "the effective config"),
+    Field("versions", "name: version", "Python, Onbeat and the packages that matter for timing"),
+    Field("git_commit", "hash or null", "of the checkout; null when installed from a package"),
+    Field("bundle_sha256", "hash", "of the bundle's manifest, which carries the hash of every file"),
+    Field("real_time", "what: got or not", "what the loop's thread asked of the operating system"),
+    Field("error", "text or null", "why the run ended early"),
+    Field("instruction", "text", "what the policy was asked to do"),
+    Field("rate_hz_wanted", "Hz", "control loop rate of the config"),
+    Field("rate_hz", "Hz", "ticks that ran / duration"),
+    Field("ticks", "count", "ticks that ran"),
+    Field("missed_ticks", "count", "deadlines the loop counted as missed"),
+    Field("missed_ticks_wire", "count or null", "goals that did not reach the servo bus in time, seen by the twin"),
+    Field("held_ticks", "count", "ticks on which no row of a chunk was due and the robot held its position"),
+    Field("stages", "name: n, ms", "latency of every stage: n, p50_ms, p95_ms, p99_ms, max_ms"),
+    Field("inference", "n, ms", "inference thread woken to chunk published"),
+    Field("reaction", "n, ms", "row 0 due (capture of the observation) to chunk published"),
+    Field("chunks", "count", "chunks published in time"),
+    Field("chunks_late", "count", "chunks dropped because all their rows were past"),
+    Field("policy_period_s", "s", "time between two rows of a chunk"),
+    Field("delay_used", "policy steps: chunks", "rows locked to the previous chunk when a chunk was sampled"),
+    Field(
+        "delay_executed", "policy steps: chunks", "rows due after the observation that were still the previous chunk's"
+    ),
+    Field("delay_exceeded", "count", "chunks that came later than the rows locked for them"),
+    Field("limit_events", "kind: count", "commands cut by a limit"),
+    Field("faults", "kind: count", "bus and camera faults"),
+    Field("attempts", "count", "tries at the task that ended, in success or by time; judged in the twin's world"),
+    Field("successes", "count", "of these, the ones that succeeded"),
+    Field("success_rate", "0..1 or null", "successes / attempts"),
+    Field("success_interval", "0..1, 0..1", "Wilson 95 % interval of the success rate"),
+)
+
+
+def summarise(run: RunRecords) -> dict[str, Any]:
+    """report.json: exactly the fields of FIELDS, in their order."""
+    values = {**run.header, **_loop(run), **_inference(run), **_task(run.truth)}
+    return {field.name: values[field.name] for field in FIELDS}
+
+
+def _loop(run: RunRecords) -> dict[str, Any]:
+    ticks = run.ticks
+    duration_s = float(ticks.start_ns[-1] - ticks.start_ns[0]) / 1e9 if len(ticks.start_ns) > 1 else 0.0
+    return {
+        "duration_s": duration_s,
+        "rate_hz": (len(ticks.start_ns) - 1) / duration_s if duration_s else None,
+        "ticks": len(ticks.start_ns),
+        "missed_ticks": run.missed_ticks,
+        "missed_ticks_wire": _missed_on_the_wire(run),
+        "held_ticks": int(np.count_nonzero(ticks.flags & HELD)),
+        "stages": {STAGES[key].name: asdict(summarise_ns(samples)) for key, samples in stage_samples(run).items()},
+        "limit_events": {FLAG_NAMES[flag]: int(np.count_nonzero(ticks.flags & flag)) for flag in LIMIT_FLAGS},
+        "faults": dict(run.faults),
+    }
+
+
+def _missed_on_the_wire(run: RunRecords) -> int | None:
+    period_ns = round(1e9 / run.header["rate_hz_wanted"])
+    return None if run.truth is None else missed_goals(run.truth.goals_ns, period_ns)
+
+
+def missed_goals(goals_ns: NDArray[np.int64], period_ns: int) -> int:
+    """How many goals are missing between those that came at (G,): a gap of two periods, to half of one, is one."""
+    periods = np.rint(np.diff(goals_ns) / period_ns).astype(np.int64)
+    return int(np.maximum(periods - 1, 0).sum())
+
+
+def stage_samples(run: RunRecords) -> dict[str, NDArray[np.int64]]:
+    """Every duration of every stage, ns, by its key in STAGES."""
+    inference = {key: np.array([chunk.stages_ns[key] for chunk in run.chunks], np.int64) for key in record.STAGES}
+    return {**inference, "lateness": run.ticks.start_ns - run.ticks.due_ns, "exchange": run.ticks.exchange_ns}
+
+
+def _inference(run: RunRecords) -> dict[str, Any]:
+    chunks = run.chunks
+    published = [chunk for chunk in chunks if chunk.chunk_id >= 0]
+    return {
+        "inference": asdict(summarise_ns([chunk.published_ns - chunk.started_ns for chunk in chunks])),
+        "reaction": asdict(summarise_ns([chunk.published_ns - chunk.t0_ns for chunk in chunks])),
+        "chunks": len(published),
+        "chunks_late": len(chunks) - len(published),
+        "policy_period_s": run.policy_period_ns / 1e9,
+        "delay_used": _counts(chunk.delay for chunk in published),
+        "delay_executed": _counts(chunk.first_row for chunk in published),
+        "delay_exceeded": sum(0 < chunk.delay < chunk.first_row for chunk in published),
+    }
+
+
+def _counts(values: Iterable[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}
+
+
+def _task(truth: Truth | None) -> dict[str, Any]:
+    tried = () if truth is None else truth.attempts
+    successes = sum(attempt.success_ns is not None for attempt in tried)
+    return {
+        "attempts": len(tried),
+        "successes": successes,
+        "success_rate": successes / len(tried) if tried else None,
+        "success_interval": list(wilson_interval(successes, len(tried))),
+    }
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The end of a run on a terminal: a latency table and the figures that matter most."""
+    stages = ((name, *_latency_cells(latency)) for name, latency in report["stages"].items())
+    latencies = text_table(("stage", "n", "p50 ms", "p95 ms", "p99 ms", "max ms"), stages)
+    return f"{latencies}\n\n{text_table(('run', ''), headline(report))}"
+
+
+def _latency_cells(latency: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = ("p50_ms", "p95_ms", "p99_ms", "max_ms")
+    return (str(latency["n"]), *(figure(latency[key]) for key in keys))
+
+
+def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader wants to know first, (name, value with unit)."""
+    low, high = report["success_interval"]
+    return [
+        ("loop rate", f"{figure(report['rate_hz'], 1)} Hz of {figure(report['rate_hz_wanted'], 0)} Hz"),
+        (
+            "missed ticks",
+            f"{report['missed_ticks']} of {report['ticks']} (wire: {_or_dash(report['missed_ticks_wire'])})",
+        ),
+        (
+            "inference p50 / p99",
+            f"{figure(report['inference']['p50_ms'], 1)} / {figure(report['inference']['p99_ms'], 1)} ms",
+        ),
+        ("chunks beyond their delay", f"{report['delay_exceeded']} of {report['chunks']}"),
+        ("ticks held", str(report["held_ticks"])),
+        ("limit events", ", ".join(f"{kind} {count}" for kind, count in report["limit_events"].items()) or "none"),
+        (
+            "task success",
+            f"{report['successes']} of {report['attempts']} ({100 * low:.0f}-{100 * high:.0f} %, Wilson 95 %)",
+        ),
+    ]
+
+
+def _or_dash(value: Any) -> str:
+    return "-" if value is None else str(value)
