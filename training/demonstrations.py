@@ -124,7 +124,7 @@ class Disturbance:
 
     TREMOR_RAD = 0.008
     TREMOR_MEMORY = 0.8  # per policy step
-    PUSH_CHANCE = 0.05  # per policy step without one
+    PUSH_CHANCE = 0.07  # per policy step without one
     PUSH_RAD = np.array([0.12, 0.10, 0.10, 0.10, 0.12, 0.25])
     PUSH_STEPS = (5, 12)
 

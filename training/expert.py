@@ -27,7 +27,7 @@ FORE_M, FORE_RISE_RAD = math.hypot(0.1349, 0.0052), math.atan2(0.0052, 0.1349)
 TOOL_M, TOOL_SIDE_M = 0.0611 + 0.0920, 0.0046
 
 DOWN_RAD = math.pi / 2
-WRIST_MAX_RAD = 1.63  # just inside the joint's range
+WRIST_MAX_RAD = 1.60  # of a range to 1.658: turning back while moving overshoots by up to 0.05
 LEAN_STEP_RAD = 0.005
 OPEN_RAD = 0.65
 CLOSED_RAD = 0.12
