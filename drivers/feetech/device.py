@@ -40,7 +40,7 @@ class BusSettings:
     baud_rate: int = 1_000_000
     timeout_ms: float = 20.0
     settle_ms: float = 2.0
-    retries: int = 2
+    retries: int = 4
     release_on_close: bool = False
 
 

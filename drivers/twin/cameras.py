@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onbeat.drivers.twin.frames import FrameWriter, RingReader
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.drivers.twin.render import RenderUnavailable
-from onbeat.drivers.twin.world import VIEWS, World
+
+if TYPE_CHECKING:
+    from onbeat.drivers.twin.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     end_with_parent()
     stop = stop_on_signal()
+    from onbeat.drivers.twin.world import VIEWS, World
+
     world = World(frame_size=(options.frame_size, options.frame_size))
     writers = {view: FrameWriter(f"{options.frames}-{view}", *world.frame_size) for view in VIEWS}
     try:
@@ -46,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_until(
-    stop: threading.Event, period_ns: int, world: World, snapshots: RingReader, writers: dict[str, FrameWriter]
+    stop: threading.Event, period_ns: int, world: "World", snapshots: RingReader, writers: dict[str, FrameWriter]
 ) -> None:
     """Draw on absolute deadlines; one that has passed is dropped."""
     next_ns = time.monotonic_ns()
@@ -57,7 +62,7 @@ def draw_until(
         stop.wait((next_ns - now_ns) * 1e-9)
 
 
-def draw_views(world: World, snapshots: RingReader, writers: dict[str, FrameWriter]) -> None:
+def draw_views(world: "World", snapshots: RingReader, writers: dict[str, FrameWriter]) -> None:
     """Draw every view of the newest snapshot; its time is when the frames were captured."""
     snapshot = snapshots.latest()
     if snapshot is None:

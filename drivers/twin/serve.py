@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +26,9 @@ from onbeat.drivers.twin.line import ServoLine
 from onbeat.drivers.twin.records import Recorder, TruthLine
 from onbeat.drivers.twin.referee import Event, Referee
 from onbeat.drivers.twin.servos import ServoBank
-from onbeat.drivers.twin.world import JOINTS, VIEWS, World
+
+if TYPE_CHECKING:
+    from onbeat.drivers.twin.world import World
 
 PHYSICS_NS = 4_000_000
 JUDGE_NS = 20_000_000
@@ -50,17 +53,18 @@ class TwinSettings:
 class Twin:
     """The world, the bus and the referee of one process. The arm wakes up with torque on, holding where it is."""
 
-    def __init__(self, settings: TwinSettings) -> None:
+    def __init__(self, world: "World", settings: TwinSettings) -> None:
+        joints = world.position_rad.size
         self.settings = settings
-        self.world = World(settings.seed)
-        self.bank = ServoBank(range(1, len(JOINTS) + 1), self._note_goals)
+        self.world = world
+        self.bank = ServoBank(range(1, joints + 1), self._note_goals)
         self.line = ServoLine(self.bank, paced=settings.is_paced)
         self.recorder = Recorder(settings.run_dir)
         self.referee = Referee(round(settings.attempt_timeout_s * 1e9))
         self.snapshots = RingWriter(f"{ring_prefix()}-world", self.world.qpos_snapshot().nbytes)
         self.slipped_ns = 0
-        self._goal_rad = np.zeros(len(JOINTS))
-        self._held = np.ones(len(JOINTS), bool)
+        self._goal_rad = np.zeros(joints)
+        self._held = np.ones(joints, bool)
         self._sample_ns = self._judged_ns = 0
         self._world_ns = self.world.time_ns
         self._wake_servos()
@@ -146,8 +150,8 @@ class Twin:
 class CameraProcess:
     """The child that draws. Its rings are unlinked here too, should it die."""
 
-    def __init__(self, snapshots: str, settings: TwinSettings) -> None:
-        self.rings = {view: f"{ring_prefix()}-{view}" for view in VIEWS}
+    def __init__(self, snapshots: str, views: Sequence[str], settings: TwinSettings) -> None:
+        self.rings = {view: f"{ring_prefix()}-{view}" for view in views}
         command = [sys.executable, "-m", "onbeat.drivers.twin.cameras", "--snapshots", snapshots]
         command += ["--frames", ring_prefix(), "--frame-size", str(settings.frame_size)]
         command += ["--rate-hz", str(settings.camera_rate_hz)]
@@ -191,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> TwinSettings:
     parser.add_argument("--camera-rate-hz", type=float, default=10.0, help="of both cameras (default %(default)s)")
     parser.add_argument("--no-cameras", action="store_true", help="servo bus and truth alone")
     parser.add_argument("--attempt-timeout-s", type=float, default=12.0, help="to lift the cube (default %(default)s)")
-    parser.add_argument("--unpaced", action="store_true", help="replies do not wait for the wire: measures the computer")
+    parser.add_argument("--unpaced", action="store_true", help="replies do not wait for the wire")
     options = parser.parse_args(argv)
     return TwinSettings(
         seed=options.seed,
@@ -209,8 +213,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(argv)
     end_with_parent()
     stop = stop_on_signal()
-    twin = Twin(settings)
-    cameras = CameraProcess(twin.snapshots.name, settings) if settings.has_cameras else None
+    try:
+        from onbeat.drivers.twin.world import VIEWS, World
+    except ModuleNotFoundError as missing:
+        print(json.dumps({"error": f"{missing.name} is not installed: run `pip install 'onbeat[sim]'`"}), flush=True)
+        return 1
+    twin = Twin(World(settings.seed), settings)
+    cameras = CameraProcess(twin.snapshots.name, VIEWS, settings) if settings.has_cameras else None
     try:
         fault = cameras.wait_ready() if cameras else None
         if fault is not None:

@@ -1,15 +1,18 @@
 """The bus against servos on a pty: what it reads and writes, and one error for each way in which a wire fails."""
 
 import os
+import threading
 import time
 import tty
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numba import njit
 
 from onbeat.drivers.feetech import errors
 from onbeat.drivers.feetech.device import BusSettings, FeetechBus, JointCalibration
+from onbeat.drivers.feetech.exchange import Wire, exchange_joints
 from onbeat.drivers.feetech.tables import Status
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.drivers.twin.servos import Answer
@@ -219,6 +222,42 @@ def test_missing_servos_are_named(far, joints) -> None:
     joints["third_gripper"] = JointCalibration(11)
     with pytest.raises(errors.ServoMissing, match=r"9 \(second_gripper\), 11 \(third_gripper\)"):
         FeetechBus(far.port, joints, BusSettings(retries=0))
+
+
+def test_compiled_code_can_own_the_bus(far, joints) -> None:
+    with FeetechBus(far.port, joints) as bus:
+        assert run_ticks(bus.wire, np.full(6, 0.1), 20) == 0
+        assert far.bank.counts["goal_writes"] == 20
+    np.testing.assert_allclose(bus.wire.position_rad, np.linspace(-1.0, 1.0, 6), atol=1e-3)
+
+
+@njit(nogil=True)
+def run_ticks(wire: Wire, goal_rad: np.ndarray, ticks: int) -> int:
+    outcome = 0
+    for _ in range(ticks):
+        outcome |= exchange_joints(wire, goal_rad, True, True)
+    return outcome
+
+
+def test_other_threads_run_while_the_bus_waits(far, joints, state, once) -> None:
+    with FeetechBus(far.port, joints, once) as bus:
+        far.spoil.append(SILENCE)
+        counted, stop = [0], threading.Event()
+
+        def count() -> None:
+            while not stop.is_set():
+                counted[0] += 1
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        before = counted[0]
+        with pytest.raises(errors.NoReply):
+            bus.read(state)
+        seen = counted[0] - before
+        stop.set()
+        thread.join()
+    assert seen > 10, "200 ms without an answer, and nobody else ran"
 
 
 def test_a_failed_open_gives_the_port_back(far, joints) -> None:
