@@ -37,7 +37,7 @@ OTHER_SEED_OFFSET = 500_000  # away from every seed that is evaluated or trained
 class Conditions:
     """How an episode is run. shown: AS_SEEN, BLANK or OTHER. latency_ns: observation to published chunk."""
 
-    instruction: str = "lift the red cube"
+    instruction: str
     latency_ns: int = 60_000_000
     timeout_ns: int = 12_000_000_000
     shown: str = AS_SEEN

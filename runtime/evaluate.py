@@ -22,9 +22,9 @@ from onbeat.runtime.episode import AS_SEEN, BLANK, OTHER, Conditions, Outcome, S
 from onbeat.runtime.measures import figure, text_table, wilson_interval
 from onbeat.runtime.policy import load_policy
 from onbeat.runtime.robots import Robot, load_robot
+from onbeat.runtime.run import DEFAULT_BUNDLE, DEFAULT_INSTRUCTION
 from onbeat.runtime.scheduler import Policy
 
-DEFAULT_BUNDLE = Path("bundles/lift-cube")
 FIRST_SEED = 100_000  # training uses seeds below
 RANDOM_WEIGHTS = "random-weights"
 SHOWN = {"none": AS_SEEN, "blank": BLANK, "shuffle": OTHER, RANDOM_WEIGHTS: AS_SEEN}
@@ -60,8 +60,8 @@ def evaluate(
     policy: PolicyFactory,
     seeds: Sequence[int],
     *,
+    conditions: Conditions,
     robot: str = "so101-twin",
-    conditions: Conditions = Conditions(),  # noqa: B008  frozen
     control: str = "none",
     workers: int = 1,
     progress: Callable[[Outcome], None] | None = None,
@@ -236,7 +236,7 @@ def _rate_row(evaluation: Evaluation) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    given = Conditions()
+    given = Conditions(DEFAULT_INSTRUCTION)
     parser = argparse.ArgumentParser(
         prog="onbeat evaluate",
         description="Measure a policy's success in simulated time.",

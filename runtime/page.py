@@ -19,7 +19,7 @@ from onbeat.runtime.summary import FIELDS, STAGES, Field, Stage, stage_samples
 COLUMNS = 900  # points drawn per curve: about one per pixel
 BINS = 48
 LANE_PX = 26
-TIMELINE_S = 3.0  # of the chunk timeline: long enough for several hand-overs, short enough to see rows
+TIMELINE_S = 2.0  # of the chunk timeline: long enough for many hand-overs, short enough to see rows
 Report = Mapping[str, Any]
 
 
@@ -28,12 +28,18 @@ def render(report: Report, run: RunRecords) -> str:
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     sections = "".join(section(report, run) for section in SECTIONS)
     title = f"Onbeat run, {report['robot']}"
-    return template.substitute(title=escape(title), lead=_lead(report), tiles=_tiles(report), sections=sections)
+    return template.substitute(
+        title=escape(title), lead=_lead(report), error=_error(report), tiles=_tiles(report), sections=sections
+    )
 
 
 def _lead(report: Report) -> str:
     asked = f"“{report['instruction']}”" if report["instruction"] else "no instruction"
     return escape(f"{asked} · {figure(report['duration_s'], 1)} s · {report['started'] or 'start time unknown'}")
+
+
+def _error(report: Report) -> str:
+    return f'<p class="error">The run ended early: {escape(report["error"])}</p>' if report["error"] else ""
 
 
 def _tiles(report: Report) -> str:
@@ -85,11 +91,12 @@ def _picture(name: str, data: bytes) -> str:
 
 def _task(report: Report, run: RunRecords) -> str:
     truth = run.truth
-    if truth is None or len(truth.t_ns) == 0:
+    if truth is None or len(truth.t_ns) == 0 or len(run.ticks.start_ns) == 0:
         return ""
-    keep = chart.sparse(len(truth.t_ns), COLUMNS)
+    during = np.flatnonzero((truth.t_ns >= run.ticks.start_ns[0]) & (truth.t_ns <= run.ticks.start_ns[-1]))
+    keep = during[chart.sparse(len(during), COLUMNS)]
     times, height_cm = _seconds(run, truth.t_ns[keep]), 100 * truth.height_m[keep]
-    axes = _wide_axes(report, (0.0, max(6.0, float(height_cm.max()) * 1.08)))
+    axes = _wide_axes(report, (0.0, max(6.0, float(height_cm.max(initial=0.0)) * 1.08)))
     drawing = chart.svg(
         axes,
         *(_attempt(axes, run, attempt) for attempt in truth.attempts),

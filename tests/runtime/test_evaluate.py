@@ -20,6 +20,7 @@ ROBOT = load_robot("so101-twin")
 PERIOD_NS = ROBOT.policy_period_ns
 CHUNK = 12
 SEED = 100_000
+CONDITIONS = Conditions("lift the red cube")
 NONE = np.zeros((0, 0), np.float32)
 SPEC = PolicySpec(
     views=2,
@@ -80,14 +81,14 @@ def scene():
 
 
 def test_a_policy_that_does_nothing_fails_by_time(scene):
-    outcome = run_episode(scene, ROBOT, stay(), SEED, Conditions(timeout_ns=1_000_000_000))
+    outcome = run_episode(scene, ROBOT, stay(), SEED, replace(CONDITIONS, timeout_ns=1_000_000_000))
     assert outcome.success_s is None
     assert outcome.highest_m < 0.005
     assert outcome.chunks == 10
 
 
 def test_a_chunk_is_not_visible_before_its_latency_is_over(scene):
-    episode = Episode(scene, ROBOT, stay(), SEED, Conditions(latency_ns=250_000_000, timeout_ns=10**9))
+    episode = Episode(scene, ROBOT, stay(), SEED, replace(CONDITIONS, latency_ns=250_000_000, timeout_ns=10**9))
     while int(episode.state.timeline.published[0]) == 0:
         episode.step()
     # The tick at 250 ms is the first that sees it; it ends 10 ms later.
@@ -97,14 +98,14 @@ def test_a_chunk_is_not_visible_before_its_latency_is_over(scene):
 
 @pytest.mark.parametrize(("latency_ms", "first_row"), [(0, 2), (90, 2), (110, 3), (260, 4)])
 def test_the_executed_delay_follows_the_latency(scene, latency_ms, first_row):
-    conditions = Conditions(latency_ns=latency_ms * 1_000_000, timeout_ns=1_500_000_000)
+    conditions = replace(CONDITIONS, latency_ns=latency_ms * 1_000_000, timeout_ns=1_500_000_000)
     delays = dict(run_episode(scene, ROBOT, stay(), SEED, conditions).delays)
     assert max(delays, key=delays.get) == first_row, delays
 
 
 def test_inference_waits_for_the_rows_that_are_to_be_executed(scene):
     patient = replace(ROBOT, config=replace(ROBOT.config, execute_steps=4))
-    conditions = Conditions(timeout_ns=2_000_000_000)
+    conditions = replace(CONDITIONS, timeout_ns=2_000_000_000)
     eager, waiting = stay(), stay()
     run_episode(scene, ROBOT, eager, SEED, conditions)
     run_episode(scene, patient, waiting, SEED, conditions)
@@ -113,7 +114,7 @@ def test_inference_waits_for_the_rows_that_are_to_be_executed(scene):
 
 def test_observations_are_stamped_in_simulated_time_and_rounded_to_servo_steps(scene):
     policy = stay()
-    run_episode(scene, ROBOT, policy, SEED, Conditions(timeout_ns=500_000_000))
+    run_episode(scene, ROBOT, policy, SEED, replace(CONDITIONS, timeout_ns=500_000_000))
     assert [o.t_capture_ns for o in policy.seen] == [k * PERIOD_NS for k in range(5)]
     joints = policy.seen[0].state["arm_joints"]
     np.testing.assert_array_equal(joints, in_servo_steps(joints))
@@ -121,7 +122,7 @@ def test_observations_are_stamped_in_simulated_time_and_rounded_to_servo_steps(s
 
 def test_the_blank_control_blanks_every_frame(scene):
     policy = stay()
-    run_episode(scene, ROBOT, policy, SEED, Conditions(timeout_ns=300_000_000, shown=BLANK))
+    run_episode(scene, ROBOT, policy, SEED, replace(CONDITIONS, timeout_ns=300_000_000, shown=BLANK))
     frames = [frame.rgb for observation in policy.seen for frame in observation.views.values()]
     assert len(frames) == 6
     assert not any(frame.any() for frame in frames)
@@ -129,8 +130,8 @@ def test_the_blank_control_blanks_every_frame(scene):
 
 def test_the_shuffle_control_shows_this_arm_and_another_cube(scene):
     as_is, shuffled = stay(), stay()
-    run_episode(scene, ROBOT, as_is, SEED, Conditions(timeout_ns=200_000_000))
-    run_episode(scene, ROBOT, shuffled, SEED, Conditions(timeout_ns=200_000_000, shown=OTHER))
+    run_episode(scene, ROBOT, as_is, SEED, replace(CONDITIONS, timeout_ns=200_000_000))
+    run_episode(scene, ROBOT, shuffled, SEED, replace(CONDITIONS, timeout_ns=200_000_000, shown=OTHER))
     for own, other in zip(as_is.seen, shuffled.seen, strict=True):
         np.testing.assert_array_equal(own.state["arm_joints"], other.state["arm_joints"])
         differs = (own.views["top"].rgb != other.views["top"].rgb).any(-1)
@@ -139,7 +140,7 @@ def test_the_shuffle_control_shows_this_arm_and_another_cube(scene):
 
 def test_the_same_seed_gives_the_same_episode_and_noise(scene):
     first, second, third = stay(), stay(), stay()
-    conditions = Conditions(timeout_ns=400_000_000)
+    conditions = replace(CONDITIONS, timeout_ns=400_000_000)
     outcomes = [run_episode(scene, ROBOT, policy, SEED, conditions) for policy in (first, second)]
     run_episode(scene, ROBOT, third, SEED + 1, conditions)
     assert outcomes[0] == outcomes[1]
@@ -152,7 +153,7 @@ def test_the_same_seed_gives_the_same_episode_and_noise(scene):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [SEED, SEED + 3])
 def test_what_the_expert_does_counts_as_success(scene, seed):
-    outcome = run_episode(scene, ROBOT, expert(seed), seed, Conditions())
+    outcome = run_episode(scene, ROBOT, expert(seed), seed, CONDITIONS)
     assert outcome.success_s is not None
     assert 1.0 < outcome.success_s < 12.0
     assert outcome.highest_m > 0.05
@@ -160,7 +161,7 @@ def test_what_the_expert_does_counts_as_success(scene, seed):
 
 @pytest.mark.slow
 def test_workers_do_not_change_the_outcomes():
-    conditions = Conditions(timeout_ns=500_000_000)
+    conditions = replace(CONDITIONS, timeout_ns=500_000_000)
     told = []
     alone = evaluate(stay, range(SEED, SEED + 3), conditions=conditions, progress=told.append)
     together = evaluate(_stay, range(SEED, SEED + 3), conditions=conditions, workers=2)
@@ -173,7 +174,7 @@ _stay = functools.partial(stay)
 
 def fake_evaluation(control: str, successes: int, attempts: int) -> Evaluation:
     outcomes = (Outcome(SEED + k, 3.5 if k < successes else None, 0.1, 40, 7, 2, {2: 39}) for k in range(attempts))
-    return Evaluation(control, Conditions(), tuple(outcomes))
+    return Evaluation(control, CONDITIONS, tuple(outcomes))
 
 
 def test_text_has_every_seed_once_and_every_control_with_its_interval():

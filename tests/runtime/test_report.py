@@ -1,0 +1,235 @@
+"""A report says what the records say: figures by hand on small records, and a page that needs nothing from outside."""
+
+import json
+import re
+from dataclasses import replace
+from html import unescape
+
+import numpy as np
+import pytest
+
+from onbeat.drivers.twin.records import Recorder, TruthLine
+from onbeat.kernels.limit import ACCELERATION, HELD, VELOCITY
+from onbeat.runtime import page, record, report
+from onbeat.runtime.measures import summarise_ns
+from onbeat.runtime.record import ChunkLog, TickLog
+from onbeat.runtime.run_records import Attempt, ChunkRecord, RunRecords, Ticks, Truth
+from onbeat.runtime.summary import FIELDS, STAGES, as_text, missed_goals, stage_samples, summarise
+from onbeat.runtime.tick import JointLimits, new_tick_state
+
+MS, S = 1_000_000, 1_000_000_000
+ZERO_NS = 50 * S
+PERIOD_NS = 100 * MS
+PNG = b"\x89PNG\r\n\x1a\n0000"
+HEADER = {
+    "started": "2026-11-24T12:00:00+0000",
+    "robot": "so101-twin",
+    "config": {"seconds": 4, "note": "<script>alert(1)</script>"},
+    "versions": {"python": "3.11.2"},
+    "git_commit": None,
+    "bundle_sha256": "ab" * 32,
+    "real_time": {"SCHED_FIFO": "got"},
+    "error": None,
+    "instruction": "lift <the> cube & hold",
+    "rate_hz_wanted": 100.0,
+}
+
+
+def small_run(ticks: int = 400) -> RunRecords:
+    """4 s at 100 Hz: a chunk every 200 ms of 8 rows, published 60 ms after its observation with 2 rows locked."""
+    rng = np.random.default_rng(0)
+    due = ZERO_NS + np.arange(ticks) * 10 * MS
+    start = due + rng.integers(0, MS, ticks)
+    goal = np.sin(np.arange(ticks) / 50)[:, None] * [1.0, 0.5]
+    chunk_id = np.minimum((due - ZERO_NS - 100 * MS) // (200 * MS), 18)
+    chunk_id = np.where(due < ZERO_NS + 100 * MS, -1, chunk_id)
+    row = np.where(chunk_id < 0, -1, (due - ZERO_NS - chunk_id * 200 * MS) // PERIOD_NS)
+    flags = np.where(chunk_id < 0, HELD, 0)
+    flags[50], flags[51] = VELOCITY, VELOCITY | ACCELERATION
+    chunks = tuple(small_chunk(k) for k in range(19))
+    return RunRecords(
+        header=HEADER,
+        joints=("shoulder_pan", "gripper"),
+        policy_period_ns=PERIOD_NS,
+        ticks=Ticks(due, start, rng.integers(MS, 2 * MS, ticks), goal, goal + 0.01, chunk_id, row, flags),
+        missed_ticks=3,
+        chunks=chunks,
+        faults={"no_reply": 2},
+        truth=Truth(
+            t_ns=due[::10] - 300 * MS,
+            height_m=np.linspace(0, 0.06, len(due[::10])),
+            attempts=(
+                Attempt(ZERO_NS, ZERO_NS + 2 * S, ZERO_NS + 2 * S),
+                Attempt(ZERO_NS + 2 * S, ZERO_NS + 3 * S, None),
+            ),
+            goals_ns=np.delete(due, [10, 11, 200]),
+        ),
+        pictures={"top": PNG, "wrist": b"\xff\xd8\xff0000"},
+    )
+
+
+def small_chunk(k: int) -> ChunkRecord:
+    t0 = ZERO_NS + k * 200 * MS
+    stages = {"camera_age": 20 * MS, "observe": 2 * MS, "prefix": 15 * MS, "flow": 22 * MS, "publish": MS}
+    late = k == 18
+    first_row = -1 if late else 3 if k == 5 else 2
+    return ChunkRecord(-1 if late else k, t0, t0 + 20 * MS, t0 + (60 + k) * MS, 8, 2, first_row, stages)
+
+
+def test_a_run_without_a_single_tick_has_a_report():
+    full = small_run()
+    empty = Ticks(*(np.empty((0, 2) if name.endswith("rad") else 0, np.int64) for name in Ticks.__slots__))
+    bare = replace(full, ticks=empty, chunks=(), truth=None, pictures={}, faults={})
+    figures = summarise(bare)
+    assert figures["rate_hz"] is None
+    assert figures["stages"]["flow"]["p50_ms"] is None
+    assert (figures["attempts"], figures["success_rate"], figures["missed_ticks_wire"]) == (0, None, None)
+    assert "Every figure" in page.render(figures, bare)
+    assert "bus exchange" in as_text(figures)
+
+
+def test_report_has_exactly_the_fields_of_the_table():
+    figures = summarise(small_run())
+    assert list(figures) == [field.name for field in FIELDS]
+    assert all(field.unit and field.meaning for field in FIELDS)
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_figures_are_those_of_the_records():
+    figures = summarise(small_run())
+    assert figures["rate_hz"] == pytest.approx(100, rel=1e-3)
+    assert (figures["ticks"], figures["missed_ticks"], figures["held_ticks"]) == (400, 3, 10)
+    assert figures["limit_events"] == {
+        "position limit": 0,
+        "velocity limit": 2,
+        "acceleration limit": 1,
+        "refused": 0,
+    }
+    assert (figures["chunks"], figures["chunks_late"]) == (18, 1)
+    assert figures["delay_used"] == {"2": 18}
+    assert figures["delay_executed"] == {"2": 17, "3": 1}
+    assert figures["delay_exceeded"] == 1
+    assert figures["inference"]["p50_ms"] == pytest.approx(49)
+    assert figures["reaction"]["max_ms"] == pytest.approx(78)
+    assert (figures["attempts"], figures["successes"]) == (2, 1)
+    assert figures["success_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
+    assert figures["faults"] == {"no_reply": 2}
+
+
+def test_every_stage_has_its_percentiles():
+    run = small_run()
+    stages = summarise(run)["stages"]
+    assert list(stages) == [stage.name for stage in STAGES.values()]
+    lateness = summarise_ns(run.ticks.start_ns - run.ticks.due_ns)
+    assert stages["tick lateness"]["p99_ms"] == lateness.p99_ms
+    assert stages["vision + prefix"]["p50_ms"] == 15.0
+    assert len(stage_samples(run)["flow"]) == 19
+
+
+@pytest.mark.parametrize(
+    ("gaps_ms", "missed"), [([], 0), ([10], 0), ([14, 6], 0), ([20], 1), ([24, 6], 1), ([10, 40, 10], 3)]
+)
+def test_missed_goals_are_counted_from_the_gaps(gaps_ms, missed):
+    assert missed_goals(np.cumsum([0, *gaps_ms]) * MS, 10 * MS) == missed
+
+
+def test_wire_count_is_of_the_twin_and_not_of_the_loop():
+    run = small_run()
+    assert summarise(run)["missed_ticks_wire"] == 3
+    everything = replace(run, truth=replace(run.truth, goals_ns=run.ticks.due_ns))
+    assert summarise(everything)["missed_ticks_wire"] == 0
+
+
+def test_text_table_has_every_stage_and_headline():
+    text = as_text(summarise(small_run()))
+    for stage in STAGES.values():
+        assert stage.name in text
+    assert "1 of 2 (9-91 %, Wilson 95 %)" in text
+
+
+def test_page_shows_every_field_stage_joint_and_view():
+    run = small_run()
+    html = unescape(page.render(summarise(run), run))
+    for field in FIELDS:
+        assert field.name == "stages" or f"<td>{field.name}</td>" in html or f"{field.name}:" in html, field
+    for stage in STAGES.values():
+        assert f"histogram of {stage.name}" in html
+    for words in ("shoulder pan", "gripper", "data:image/png", "data:image/jpeg", "cube height, cm", "lateness, ms"):
+        assert words in html, words
+
+
+def test_page_asks_nothing_of_any_other_place():
+    html = page.render(summarise(small_run()), small_run())
+    assert not re.search(r"https?://|//[a-z]|@import|<script|<link|url\(", html.replace("</", "<"))
+    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', html))
+
+
+def test_page_escapes_what_comes_from_outside():
+    html = page.render(summarise(small_run()), small_run())
+    assert "lift &lt;the&gt; cube &amp; hold" in html
+    assert "alert(1)" in html
+    assert "<script" not in html
+
+
+def test_page_says_why_a_run_ended_early():
+    run = replace(small_run(), header={**HEADER, "error": "servo 3 did not reply"})
+    assert "ended early: servo 3 did not reply" in page.render(summarise(run), run)
+
+
+def test_timeline_shows_executed_and_locked_rows_of_the_middle():
+    run = small_run()
+    html = page.render(summarise(run), run)
+    assert "chunk 9, row 1: executed" in html
+    assert "chunk 9, row 0: locked" in html
+    assert "chunk 9, row 7: not executed" in html
+    assert "chunk 0, row 1" not in html
+
+
+def test_a_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(report.NoRecords, match="give the folder"):
+        report.write_report(tmp_path)
+
+
+def test_reports_are_written_from_the_files_of_a_run(tmp_path, capsys):
+    write_records(tmp_path)
+    assert report.main([str(tmp_path)]) == 0
+    assert "tick lateness" in capsys.readouterr().out
+    figures = json.loads((tmp_path / report.REPORT_FILE).read_text())
+    assert (figures["ticks"], figures["chunks"], figures["missed_ticks"]) == (3, 1, 7)
+    assert figures["faults"] == {"bad_checksum": 1}
+    assert (figures["attempts"], figures["successes"]) == (2, 1)
+    assert figures["missed_ticks_wire"] == 1
+    assert figures["stages"]["flow"]["max_ms"] == 5.0
+    assert "<svg" in (tmp_path / report.PAGE_FILE).read_text()
+
+
+def write_records(folder) -> None:
+    """Three ticks, one chunk, two attempts, three goals with a gap: through the writers of the daemon and the twin."""
+    limits = JointLimits(*(np.array([bound]) for bound in (-1.0, 1.0, 3.0, 20.0)))
+    state, ticks = new_tick_state(limits, rate_hz=100.0, rows=2), TickLog(5, 1)
+    state.measured_q[:] = state.command_q[:] = 0.1
+    for k in range(3):
+        ticks.append(state, due_ns=ZERO_NS + k * 10 * MS, start_ns=ZERO_NS + k * 10 * MS + 5000, exchange_ns=MS)
+    chunks = ChunkLog(3, 2, 1)
+    stages = {f"{stage}_ns": 5 * MS for stage in record.STAGES}
+    entry = {"chunk_id": 0, "t0_ns": ZERO_NS, "started_ns": ZERO_NS, "published_ns": ZERO_NS + 9 * MS}
+    chunks.append(np.zeros((2, 1)), {**entry, "delay": 0, "first_row": 1, **stages})
+    run = {
+        "started": "2026-11-24T12:00:00+0000",
+        "config": {"bundle": str(folder / "gone"), "instruction": "lift"},
+        "joints": ["shoulder_pan"],
+        "policy_period_ns": PERIOD_NS,
+        "robot": {"name": "so101-twin", "loop_rate_hz": 100.0},
+        "status": {"missed": 7},
+        "bus": {"ok": 900, "bad_checksum": 1, "no_reply": 0},
+        "real_time": {},
+        "error": None,
+    }
+    record.save(folder, ticks=ticks, chunks=chunks, run=run)
+    twin = Recorder(folder / report.TWIN_FOLDER)
+    events = ("attempt_started", "lifted", "attempt_started", "timed_out", "attempt_started")
+    for k, event in enumerate(events):
+        twin.add_truth(TruthLine(ZERO_NS + k * 5 * MS, 1, 0.01 * k, False, 0, 0, event))
+    for t_ms in (0, 10, 30):
+        twin.add_goals(ZERO_NS + t_ms * MS, [2048] * 6)
+    twin.close({})
