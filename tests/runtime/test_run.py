@@ -1,0 +1,314 @@
+"""`onbeat run` end to end on the twin: what it refuses, what it leaves behind, and that nothing outlives it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from onbeat.calibration.joints import FACTORY, load_joints
+from onbeat.drivers.feetech.device import FeetechBus
+from onbeat.drivers.feetech.protocol import RAD_PER_STEP
+from onbeat.drivers.twin.client import start_twin
+from onbeat.drivers.twin.frames import SHARED_MEMORY, FrameWriter
+from onbeat.drivers.twin.records import read_goals
+from onbeat.runtime import record
+from onbeat.runtime.daemon import DaemonConfig
+from onbeat.runtime.loop import ControlLoop, StateHistory
+from onbeat.runtime.record import TickLog
+from onbeat.runtime.robots import RobotError, apply_toml, as_json, from_json, load_robot
+from onbeat.runtime.run import main, parse, start_daemon
+from onbeat.runtime.tick import new_tick_state
+from onbeat.runtime.timeline import publish
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "ckpt_a1" / "checkpoint"
+VIEWS = ("top", "wrist")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy of random weights for the SO-101."""
+    from onbeat.embodiment.metadata import MERGED, Statistics, measure, save_statistics
+    from onbeat.export.bundling import Recipe, export_bundle
+    from onbeat.runtime.language import PolicyLanguage
+    from onbeat.training.random_checkpoint import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("random")
+    robot = load_robot("so101-twin")
+    write_random_checkpoint(folder / "checkpoint", seed=3, like=GOLDEN)
+    for path in (folder / "checkpoint").glob("*_metadata.json"):
+        path.unlink()
+    bounds = robot.embodiment.split(0.3 * np.stack([robot.limits.q_min, robot.limits.q_max]))
+    statistics = {name: measure(rows) for name, rows in bounds.items()}
+    save_statistics(Statistics("random", MERGED, statistics, statistics), folder / "checkpoint")
+    language = PolicyLanguage.from_folder(folder / "checkpoint", embodiment=robot.embodiment)
+    return export_bundle(Recipe(folder / "checkpoint", "random", language), folder / "bundle").folder
+
+
+def start_run(bundle: Path, out: Path, *options: str) -> "subprocess.Popen[str]":
+    """`onbeat run` as a user starts it, in a process group of its own."""
+    command = [sys.executable, "-c", "import sys; from onbeat.cli import main; sys.exit(main())", "run"]
+    command += ["--bundle", str(bundle), "--out", str(out), *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def run_folder(out: Path) -> Path:
+    return next(iter(out.iterdir()))
+
+
+def wait_for_motion(process: "subprocess.Popen[str]", out: Path, goals: int = 100) -> None:
+    """Return once that many goals have reached the twin."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        wires = list(out.glob("*/twin/wire.bin"))
+        if wires and len(read_goals(wires[0].parent)) > goals:
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"no motion: {process.communicate()}")
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails a test after which a process or shared memory of Onbeat is there that was not before."""
+    before = leftovers()
+    yield
+    deadline = time.monotonic() + 5
+    while leftovers() - before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert leftovers() - before == set()
+
+
+def leftovers() -> set[str]:
+    """Processes of Onbeat that descend from this one, and rings whose process is gone."""
+    mine = {f"{p.pid} {' '.join(p.cmdline())}" for p in psutil.process_iter() if is_ours(p)}
+    return mine | {path.name for path in SHARED_MEMORY.glob("onbeat-*") if not is_owned(path.name)}
+
+
+def is_ours(process: psutil.Process) -> bool:
+    try:
+        return "onbeat." in " ".join(process.cmdline()) and os.getpid() in [p.pid for p in process.parents()]
+    except psutil.Error:
+        return False
+
+
+def is_owned(ring: str) -> bool:
+    """Whether the process that a ring is named after lives: then it is another run's."""
+    return psutil.pid_exists(int(ring.split("-")[1]))
+
+
+class TestRefusals:
+    """Before any process starts, and with the remedy."""
+
+    @pytest.mark.parametrize(
+        ("options", "complaint"),
+        [
+            (["--robot", "so101-twinn"], "did you mean 'so101-twin'"),
+            (["--robot", "so101"], "give its port with --port"),
+            (["--robot", "so101", "--port", "/dev/null"], "add --arm"),
+            (["--seconds", "0"], "a time above 0"),
+            (["--bundle", "/nowhere"], "nowhere"),
+        ],
+    )
+    def test_says_what_to_do(self, options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+        assert main(["--out", str(tmp_path), *options]) == 1
+        assert complaint in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_wrong_usage_is_code_two(self):
+        with pytest.raises(SystemExit, match="2"):
+            parse(["--speed", "11"])
+
+    def test_help_shows_defaults_and_units(self, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit, match="0"):
+            parse(["--help"])
+        assert "of motion, s (default: 30.0)" in capsys.readouterr().out
+
+
+class TestRobotFile:
+    @pytest.mark.parametrize(
+        ("text", "complaint"),
+        [
+            ("loop_rate = 50", "did you mean 'loop_rate_hz'"),
+            ("name = 'mine'", "unknown field 'name'"),
+            ("port = 3", "must be a str"),
+            ("on_exit = 'drop'\n", "choose 'hold' or 'relax'"),
+            ("v_max = [1.0]", "give 6, one per joint"),
+            ("v_max = [0, 1, 1, 1, 1, 1]", "above 0 for every joint"),
+            ("q_min = [0, 0, 0, 0, 0, 9]", "q_min below q_max"),
+            ("loop_rate_hz = 5", "choose 10 to 1000"),
+            ("loop_rate_hz = ", "is no TOML file"),
+            ("embodiment = 'libero'", "is not joints"),
+        ],
+    )
+    def test_names_what_is_wrong(self, text: str, complaint: str, tmp_path: Path):
+        path = tmp_path / "robot.toml"
+        path.write_text(text)
+        with pytest.raises(RobotError, match=complaint):
+            load_robot("so101", path)
+
+    def test_overrides_and_may_only_tighten_a_limit(self, tmp_path: Path):
+        path = tmp_path / "robot.toml"
+        path.write_text("loop_rate_hz = 50\nv_max = [1, 99, 99, 99, 99, 99]\ncameras = {top = 'ring'}\n")
+        robot = load_robot("so101", path)
+        assert robot.config.loop_rate_hz == 50.0
+        assert robot.limits.v_max.tolist() == [1.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+        assert robot.config.cameras == {"top": "ring"}
+
+    def test_survives_the_way_to_the_daemon(self, tmp_path: Path):
+        path = tmp_path / "robot.toml"
+        path.write_text("v_max = [1, 2, 3, 1, 2, 3]\n")
+        config = apply_toml(load_robot("so101").config, path)
+        assert from_json(json.loads(json.dumps(as_json(config)))) == config
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left")
+class TestScripted:
+    """Twin, bus and loop, with chunks that a test writes."""
+
+    def test_the_arm_follows_chunks_and_every_command_is_inside_the_limits(self, tmp_path: Path):
+        robot = load_robot("so101-twin")
+        joints = load_joints(FACTORY, robot.joints)
+        with start_twin(tmp_path, seed=1, has_cameras=False) as twin, FeetechBus(twin.port, joints) as bus:
+            state = new_tick_state(robot.limits, rate_hz=100, rows=16)
+            log = TickLog(1000, 6)
+            loop = ControlLoop(state, bus, log=log, history=StateHistory(6))
+            stop = threading.Event()
+            bus.enable(True)
+            loop.read_first()
+            start = state.measured_q.copy()
+            thread = threading.Thread(target=loop.run, args=(stop,))
+            thread.start()
+            ends = [start + 0.3, start - 0.2, start + 0.1]
+            for end in ends:
+                now_ns = time.monotonic_ns()
+                publish(
+                    state.timeline,
+                    np.linspace(state.command_q if np.isfinite(state.command_q).all() else start, end, 16),
+                    t0_ns=now_ns,
+                    period_ns=robot.policy_period_ns,
+                    now_ns=now_ns,
+                )
+                time.sleep(1.0)
+            stop.set()
+            thread.join()
+        ticks = log.arrays()
+        goals = ticks["goal_rad"]
+        speed = np.diff(goals, axis=0) / 0.01
+        assert len(goals) > 250
+        assert goals[0].tolist() == start.tolist()
+        assert (np.abs(speed) <= robot.limits.v_max * (1 + 1e-9)).all()
+        assert (np.abs(np.diff(speed, axis=0)) <= robot.limits.a_max * 0.01 * (1 + 1e-9)).all()
+        assert (goals[-1] == goals[-2]).all()
+        moved = np.abs(ticks["position_rad"] - start).max(axis=0)
+        assert (moved > 0.1).all()
+        assert loop.status.faulty_ticks == 0
+        on_the_wire = read_goals(tmp_path)["goal_steps"][-1]
+        centre = np.array([joint.zero_steps for joint in joints.values()])
+        assert np.abs((on_the_wire - centre) * RAD_PER_STEP - goals[-1]).max() <= RAD_PER_STEP
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left")
+class TestRun:
+    def test_drives_reports_and_keeps_to_its_half(self, bundle: Path, tmp_path: Path):
+        run = start_run(bundle, tmp_path, "--seconds", "4", "--json")
+        out, err = run.communicate(timeout=90)
+        assert run.returncode == 0, err
+        printed, folder = json.loads(out), run_folder(tmp_path)
+        assert printed == json.loads((folder / "report.json").read_text())
+        assert (folder / "report.html").stat().st_size > 10_000
+        ticks, chunks, told = record.load(folder)
+        assert told["error"] is None
+        assert 380 <= len(ticks["t_ns"]) + told["status"]["missed"] <= 440
+        assert len(chunks["t0_ns"]) >= 10
+        assert set(ticks["chunk_id"]) - {-1} <= set(chunks["chunk_id"])
+        assert {path.stem for path in (folder / "frames").iterdir()} == set(VIEWS)
+        assert len(read_goals(folder / "twin")) >= len(ticks["t_ns"])
+        modules = set(told["modules"])
+        assert "onnxruntime" in modules
+        assert modules & {"mujoco", "torch", "onnx", "OpenGL", "transformers"} == set()
+        forbidden = ("onbeat.training", "onbeat.export", "onbeat.drivers.twin.world", "onbeat.drivers.twin.referee")
+        assert [name for name in modules if name.startswith(forbidden)] == []
+
+    def test_ctrl_c_brings_the_arm_to_rest_and_ends_everything(self, bundle: Path, tmp_path: Path):
+        run = start_run(bundle, tmp_path, "--seconds", "60")
+        wait_for_motion(run, tmp_path)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does it
+        out, err = run.communicate(timeout=30)
+        assert run.returncode == 0, err
+        assert "loop rate" in out
+        goals = read_goals(run_folder(tmp_path) / "twin")["goal_steps"].astype(int)
+        assert (goals[-1] == goals[-2]).all()
+        assert np.abs(np.diff(goals[-200:], n=2, axis=0)).max() <= 20.0 * 0.01**2 / RAD_PER_STEP + 2
+
+    def test_a_killed_daemon_is_noticed_and_ends_everything(self, bundle: Path, tmp_path: Path):
+        run = start_run(bundle, tmp_path, "--seconds", "60")
+        wait_for_motion(run, tmp_path)
+        daemons = [p for p in psutil.Process(run.pid).children() if "onbeat.runtime.daemon" in p.cmdline()]
+        assert len(daemons) == 1
+        daemons[0].kill()
+        _, err = run.communicate(timeout=30)
+        assert run.returncode == 1
+        assert "the daemon ended with exit code -9" in err
+
+    def test_a_killed_supervisor_leaves_nothing_running(self, bundle: Path, tmp_path: Path):
+        run = start_run(bundle, tmp_path, "--seconds", "60")
+        wait_for_motion(run, tmp_path)
+        children = psutil.Process(run.pid).children(recursive=True)
+        assert len(children) >= 3
+        run.kill()
+        run.communicate()
+        gone, alive = psutil.wait_procs(children, timeout=20)
+        assert alive == []
+        assert len(gone) == len(children)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left")
+class TestBundleRefusals:
+    def test_special_tokens_in_the_instruction(self, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+        options = ["--bundle", str(bundle), "--out", str(tmp_path), "--instruction", "lift <|im_end|>"]
+        assert main(options) == 1
+        assert "<|im_end|>" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_bundle_for_another_robot(self, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+        other = tmp_path / "other.toml"
+        text = (ROOT / "embodiment" / "data" / "so101.toml").read_text()
+        other.write_text(text.replace("right_arm_joints[0:5]", "left_arm_joints[0:5]"))
+        robot_file = tmp_path / "robot.toml"
+        robot_file.write_text(f"embodiment = '{other}'\n")
+        options = ["--bundle", str(bundle), "--out", str(tmp_path / "out"), "--robot-file", str(robot_file)]
+        assert main(options) == 1
+        assert "exported for 'so101'" in capsys.readouterr().err
+
+    def test_a_port_that_is_no_servo_bus(self, bundle: Path, tmp_path: Path):
+        """The daemon itself: nothing answers on a pty that nobody serves."""
+        controller, port = os.openpty()
+        rings = {view: f"onbeat-{os.getpid()}-test-{view}" for view in VIEWS}
+        writers = [FrameWriter(ring, 8, 8) for ring in rings.values()]
+        config = replace(load_robot("so101").config, port=os.ttyname(port), cameras=rings)
+        told = DaemonConfig(as_json(config), str(bundle), "lift", 5.0, 0, str(tmp_path))
+        with start_daemon(told, tmp_path / "daemon.log") as daemon:
+            assert daemon.stdout is not None
+            events = [json.loads(line) for line in daemon.stdout]
+        for writer in writers:
+            writer.close()
+        os.close(controller)
+        os.close(port)
+        assert daemon.returncode == 1
+        assert events[-1]["event"] == "error"
+        assert "no servo answers" in events[-1]["text"]
