@@ -91,7 +91,7 @@ class Facts:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0 when everything required is there, else 1."""
     arguments = _parser().parse_args(argv)
-    checks = judge(gather(arguments.bundles))
+    checks = judge(gather(arguments.bundles or shipped_bundles()))
     print(as_json(checks) if arguments.json else as_text(checks))
     return exit_code(checks)
 
@@ -226,9 +226,14 @@ def _bundles(bundles: dict[str, Probe]) -> Iterator[Check]:
             yield Check("bundle", OK, f"{path}: {probe.found}")
 
 
+def shipped_bundles() -> list[Path]:
+    """The bundles of this checkout, seen from its root; none elsewhere."""
+    return sorted(path.parent for path in Path("bundles").glob("*/manifest.json"))
+
+
 def gather(bundles: Sequence[Path] = ()) -> Facts:
     """Look at the machine. Takes seconds: rendering is tried in a process of its own, since a bad driver may abort."""
-    packages = required_packages(importlib.metadata.requires("onbeat") or [])
+    packages = required_packages(_own_requirements())
     simulator = any(p.name == "mujoco" and p.installed for p in packages)
     return Facts(
         python=sys.version_info[:3],
@@ -248,15 +253,29 @@ def gather(bundles: Sequence[Path] = ()) -> Facts:
 
 
 def required_packages(requirements: Iterable[str]) -> tuple[Package, ...]:
-    """Our requirements, from the installed metadata, each with the version that is installed."""
-    return tuple(_parse_requirement(line) for line in requirements)
+    """Our requirements that this Python is meant by, each with the version that is installed."""
+    return tuple(_parse_requirement(line) for line in requirements if not _is_for_older_python(line))
+
+
+def _own_requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires("onbeat") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ["onbeat"]
+
+
+def _is_for_older_python(requirement: str) -> bool:
+    bound = re.search(r"python_version\s*<\s*[\"']([\d.]+)", requirement)
+    return bound is not None and sys.version_info[:2] >= _numbers(bound.group(1))
 
 
 def _parse_requirement(line: str) -> Package:
     requirement, _, marker = line.partition(";")
-    name, minimum = re.match(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?", requirement).groups()  # type: ignore[union-attr]
+    parts = re.match(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?", requirement)
+    assert parts is not None, line
+    name, minimum = parts.groups()
     extra = re.search(r"extra == [\"']([\w-]+)", marker)
-    conditional = "python_version" in marker or "platform_machine" in marker
+    conditional = "platform_machine" in marker
     return Package(name, extra.group(1) if extra else "", minimum or "0", _installed_version(name), conditional)
 
 
@@ -348,9 +367,9 @@ def _left_table(rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="onbeat doctor", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="onbeat doctor", description="Check this machine, and say how to mend it.")
     parser.add_argument(
-        "bundles", nargs="*", type=Path, metavar="BUNDLE", help="bundle folders to load (default: none)"
+        "bundles", nargs="*", type=Path, metavar="BUNDLE", help="bundle folders to load (default: all in ./bundles)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON for scripts")
     return parser

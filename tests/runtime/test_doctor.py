@@ -66,7 +66,7 @@ def test_a_required_thing_that_is_missing_fails_and_says_the_remedy(fault):
 
 OPTIONALS = {
     "extra not installed": ("mujoco [sim]", {"packages": (Package("mujoco", "sim", "3.3", None),)}),
-    "only on some machines": ("tomli [robot]", {"packages": (Package("tomli", "", "2", None, conditional=True),)}),
+    "only on some machines": ("cuda [robot]", {"packages": (Package("cuda", "", "2", None, conditional=True),)}),
     "no simulator": ("rendering [sim]", {"rendering": None}),
     "no EGL": ("EGL [sim]", {"gl_libraries": {"EGL": False}}),
     "no arm": ("serial port", {"ports": ()}),
@@ -113,13 +113,33 @@ def test_json_has_the_same_checks():
 
 
 def test_requirements_are_read_from_metadata():
-    lines = ["numpy>=1.26", "tomli>=2; python_version < '3.11'", 'mujoco>=3.3; extra == "sim"', "no-such-package-xyz"]
-    numpy, tomli, mujoco, absent = doctor.required_packages(lines)
+    lines = [
+        "numpy>=1.26",
+        'mujoco>=3.3; extra == "sim"',
+        "cuda-x; platform_machine == 'aarch64'",
+        "no-such-package-xyz",
+    ]
+    numpy, mujoco, cuda, absent = doctor.required_packages(lines)
     assert (numpy.name, numpy.extra, numpy.minimum, numpy.conditional) == ("numpy", "", "1.26", False)
     assert numpy.installed is not None
-    assert tomli.conditional
+    assert cuda.conditional
     assert (mujoco.extra, mujoco.minimum) == ("sim", "3.3")
     assert (absent.minimum, absent.installed) == ("0", None)
+
+
+@pytest.mark.parametrize(("bound", "kept"), [("3.10", 0), ("3.99", 1)])
+def test_requirements_of_older_pythons_are_left_out(bound, kept):
+    assert len(doctor.required_packages([f"tomli>=2; python_version < '{bound}'"])) == kept
+
+
+def test_without_an_installed_package_the_package_itself_is_missing(monkeypatch):
+    def nothing(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", nothing)
+    monkeypatch.setattr(doctor.importlib.metadata, "version", nothing)
+    (only,) = doctor.required_packages(doctor._own_requirements())
+    assert (only.name, only.installed, only.extra) == ("onbeat", None, "")
 
 
 def test_local_versions_compare_by_their_numbers():
