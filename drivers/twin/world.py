@@ -24,7 +24,8 @@ SCENE = Path(__file__).with_name("scene.xml")
 
 CUBE_SIDE_M = 0.025
 LIFT_HEIGHT_M = 0.05
-MAX_SPEED_RAD_S = 4.71  # STS3215 at 12 V without load: 45 turns per minute
+STALL_NM = 2.94  # STS3215 at 12 V
+MAX_SPEED_RAD_S = 4.71  # the same without load: 45 turns per minute
 
 # Where the cube is put: a sector in front, round the axis of the shoulder pan, all of it within a top-down grasp.
 PAN_AXIS_X_M = 0.0388353
@@ -64,7 +65,6 @@ class World:
         self._arm = slice(0, len(JOINTS))
         self._cube = slice(len(JOINTS), len(JOINTS) + 7)
         self._limits = self.model.jnt_range[: len(JOINTS)]
-        self._stall_nm = self.model.actuator_forcerange[:, 1]
         self._step_ns = round(self.model.opt.timestep * 1e9)
         self._goal = np.zeros(len(JOINTS))
         self.reset(seed)
@@ -92,7 +92,7 @@ class World:
     @property
     def load(self) -> NDArray[np.float64]:
         """Torque of each servo as a share of stall (6,), -1..1."""
-        return self.data.actuator_force / self.model.actuator_forcerange[0, 1]
+        return self.data.actuator_force / STALL_NM
 
     def reset(self, seed: int, *, start: str = "home") -> None:
         """Put the arm at `start` ("home" with a little noise, "random": raised, gripper anywhere), the cube somewhere.
@@ -128,6 +128,7 @@ class World:
 
     def set_goal_rad(self, goal: NDArray[np.float64]) -> None:
         """Position goals (6,) in rad of the servos; clipped to the joints' ranges, as servos clip to theirs."""
+        assert np.isfinite(goal).all(), goal
         np.clip(goal, self._limits[:, 0], self._limits[:, 1], out=self._goal)
 
     def enable(self, mask: NDArray[np.bool_]) -> None:
@@ -182,13 +183,9 @@ class World:
             return HOME_RAD + HOME_NOISE_RAD * rng.uniform(-1, 1, len(JOINTS))
         while True:
             pose = rng.uniform(RAISED_LOW_RAD, RAISED_HIGH_RAD)
-            if self._lowest_m(pose) > RAISED_MIN_HEIGHT_M:
+            self.data.qpos[self._arm] = pose
+            if self._grasp_m()[2] > RAISED_MIN_HEIGHT_M:
                 return pose
-
-    def _lowest_m(self, pose: NDArray[np.float64]) -> float:
-        self.data.qpos[self._arm] = pose
-        mujoco.mj_kinematics(self.model, self.data)
-        return float(self.data.site("grasp").xpos[2])
 
     def _grasp_m(self) -> NDArray[np.float64]:
         mujoco.mj_kinematics(self.model, self.data)

@@ -175,6 +175,13 @@ def test_goals_beyond_the_range_stop_at_it(world: World) -> None:
     assert world.goal_rad[5] == pytest.approx(-0.174533)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_goal_that_is_no_number_is_refused(world: World, bad: float) -> None:
+    world.reset(0)
+    with pytest.raises(AssertionError):
+        world.set_goal_rad(np.array([0, bad, 0, 0, 0, 0]))
+
+
 def test_a_jump_of_the_goal_is_followed_at_the_servos_speed(world: World) -> None:
     world.reset(0)
     start = world.position_rad[0]
