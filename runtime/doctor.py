@@ -218,7 +218,7 @@ def _jetson(facts: Facts) -> Iterator[Check]:
 
 def _bundles(bundles: dict[str, Probe]) -> Iterator[Check]:
     if not bundles:
-        yield Check("bundle", OPTIONAL, "none found", "run `onbeat export`, or name one with --bundle")
+        yield Check("bundle", OPTIONAL, "none found", "run `onbeat export`, or name a bundle folder")
     for path, probe in bundles.items():
         if probe.error:
             yield Check("bundle", FAILED, f"{path}: {probe.error}", f"export it again: `onbeat export --out {path}`")
