@@ -203,7 +203,7 @@ class FeetechBus:
         self._ask(joint, Instruction.WRITE, bytes((REGISTER[name].address,)) + protocol.encode_register(name, value), 0)
 
     def _ask(self, joint: str, instruction: Instruction, parameters: bytes, reply_size: int) -> bytes:
-        """One instruction to one servo; returns the parameters of its reply, after retries."""
+        """One instruction to one servo; returns the parameters of its reply, whatever its fault bits, after retries."""
         servo_id = self._calibration[joint].servo_id
         packet = protocol.encode_packet(servo_id, instruction, parameters)
         fault = protocol.NO_REPLY

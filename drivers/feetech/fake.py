@@ -28,6 +28,7 @@ class FakeBus:
         self.position_rad = np.zeros(len(self.joints))
         self._goal_rad = np.zeros(len(self.joints))
         self._clock = clock
+        self._exchanges = 0
 
     def __enter__(self) -> "FakeBus":
         return self
@@ -60,6 +61,10 @@ class FakeBus:
         self.write(goal_rad)
         self.read(into)
 
+    def faults(self) -> dict[str, int]:
+        """Exchanges that went well; there is no wire to fail."""
+        return {"ok": self._exchanges}
+
     def enable(self, on: bool, /) -> None:
         """Torque on, holding where the joints are, or off."""
         self._raise_fault()
@@ -75,3 +80,4 @@ class FakeBus:
         fault, self.fault = self.fault, None
         if fault is not None:
             raise fault
+        self._exchanges += 1

@@ -5,6 +5,7 @@ import select
 import time
 import tty
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 from onbeat.drivers.twin.servos import Answer
@@ -26,6 +27,7 @@ class ServoLine:
         self._paced = paced
         self._master, self._slave = os.openpty()
         tty.setraw(self._slave)
+        os.set_blocking(self._master, False)
         self.port = os.ttyname(self._slave)
         self._due: deque[tuple[int, bytes]] = deque()
         self._free_ns = 0
@@ -58,4 +60,5 @@ class ServoLine:
 
     def _send_due(self) -> None:
         while self._due and self._due[0][0] <= time.monotonic_ns():
-            os.write(self._master, self._due.popleft()[1])
+            with suppress(BlockingIOError):  # nobody reads: a wire does not wait either
+                os.write(self._master, self._due.popleft()[1])

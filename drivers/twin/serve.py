@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 PHYSICS_NS = 4_000_000
 JUDGE_NS = 20_000_000
 SAMPLE_NS = 100_000_000
-PRIORITY = 40  # above everything that drives the arm: real servos do not wait for a computer's other work
+PRIORITY = 60  # above the loop that drives the arm: real servos do not wait for a computer's other work
 MAX_LAG_NS = 100_000_000  # beyond this the world's time is let go: real time has no second chance
 
 
@@ -218,18 +219,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as missing:
         print(json.dumps({"error": f"{missing.name} is not installed: run `pip install 'onbeat[sim]'`"}), flush=True)
         return 1
-    twin = Twin(World(settings.seed), settings)
-    cameras = CameraProcess(twin.snapshots.name, VIEWS, settings) if settings.has_cameras else None
-    try:
-        fault = cameras.wait_ready() if cameras else None
-        if fault is not None:
-            print(json.dumps({"error": fault}), flush=True)
-            return 1
-        rings = cameras.rings if cameras else {}
+    with ExitStack() as running:
+        twin = running.enter_context(closing(Twin(World(settings.seed), settings)))
+        rings: dict[str, str] = {}
+        if settings.has_cameras:
+            cameras = running.enter_context(closing(CameraProcess(twin.snapshots.name, VIEWS, settings)))
+            rings, fault = cameras.rings, cameras.wait_ready()
+            if fault is not None:
+                print(json.dumps({"error": fault}), flush=True)
+                return 1
         print(json.dumps({"port": twin.line.port, "frames": rings, "pid": os.getpid()}), flush=True)
         twin.run(stop)
-    finally:
-        if cameras:
-            cameras.close()
-        twin.close()
     return 0

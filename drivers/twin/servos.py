@@ -245,15 +245,10 @@ class ServoBank:
 
     def _next_packet(self) -> bytearray | None:
         """The next packet with a good checksum; what stands before it is dropped."""
-        while True:
-            start = self._input.find(b"\xff\xff")
-            if start < 0:
-                del self._input[: max(len(self._input) - 1, 0)]
-                return None
-            del self._input[:start]
-            if len(self._input) < OVERHEAD or len(self._input) < self._input[3] + 4:
-                return None
+        while self._find_header():
             end = self._input[3] + 4
+            if len(self._input) < end:
+                return None
             packet = self._input[:end]
             if end >= OVERHEAD and packet[-1] == checksum(packet[2:-1]):
                 del self._input[:end]
@@ -261,6 +256,16 @@ class ServoBank:
                 return packet
             self.counts["bad_checksums"] += 1
             del self._input[0]
+        return None
+
+    def _find_header(self) -> bool:
+        """Drop bytes until a header with an id that can be stands first; False while too few are left to tell."""
+        while len(self._input) >= OVERHEAD:
+            start = self._input.find(b"\xff\xff")
+            if start == 0 and self._input[2] <= BROADCAST_ID:
+                return True
+            del self._input[: start or 1 if start >= 0 else len(self._input) - 1]
+        return False
 
     def _obey(self, target: int, instruction: int, parameters: bytes) -> list[tuple[int, bytes]]:
         """Do what a packet says; returns (delay before it in ns, reply) of each servo that answers."""

@@ -53,6 +53,7 @@ def test_a_fault_is_raised_once(pair: JointState) -> None:
     with pytest.raises(NoReply):
         bus.read(pair)
     bus.read(pair)
+    assert bus.faults() == {"ok": 1}
 
 
 def test_is_actuators_and_closes() -> None:

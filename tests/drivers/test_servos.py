@@ -67,6 +67,11 @@ def test_noise_before_a_packet_is_skipped(bank: ServoBank) -> None:
     assert bank.feed(b"\x00\xff\x12" + bytes.fromhex("FFFF010201FB")).data == bytes.fromhex("FFFF010200FC")
 
 
+@pytest.mark.parametrize("noise", ["FF", "FFFF", "FFFFFF", "00FF", "FF00FF"])
+def test_noise_like_a_header_does_not_swallow_the_request(bank: ServoBank, noise: str) -> None:
+    assert bank.feed(bytes.fromhex(noise + "FFFF060201F6")).data == bytes.fromhex("FFFF060200F7")
+
+
 def test_half_a_packet_is_forgotten_after_a_silence(bank: ServoBank) -> None:
     bank.feed(bytes.fromhex("FFFF01FF02"), 0)
     assert bank.feed(bytes.fromhex("FFFF010201FB"), 50_000_000).data == bytes.fromhex("FFFF010200FC")
