@@ -1,0 +1,160 @@
+"""Demonstrations as one set of tensors in the network's terms, all in memory: frames as bytes, the rest as float32.
+
+N policy steps, V views, S image side, J joints, C chunk rows, A = 200 unified slots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onbeat.embodiment.errors import OnbeatError
+from onbeat.embodiment.metadata import MERGED, Statistics, measure
+from onbeat.embodiment.robot import ABSOLUTE, Embodiment, StateKey
+from onbeat.embodiment.slots import UNIFIED_DIM
+from onbeat.runtime.language import PolicyLanguage
+from onbeat.training.demonstrations import Demonstration, load, read_index
+
+
+class DatasetError(OnbeatError):
+    """Demonstrations that do not fit the robot or the network, or are not finite. The text names file and step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """A folder of demonstrations as read. instruction: what the robot was told in all of them."""
+
+    instruction: str
+    demonstrations: tuple[Demonstration, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """frames (B, V, S, S, 3) uint8; state (B, A) and actions (B, C, A) normalised; target_m (B, 3) the object's place."""
+
+    frames: Tensor
+    state: Tensor
+    actions: Tensor
+    target_m: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """All steps of some demonstrations, one after the other. last: (N,) the index of the last step of one's own.
+
+    frames (N, V, S, S, 3) uint8, state (N, A), action (N, A) float32 normalised and unified, target_m (N, 3) float32.
+    """
+
+    frames: Tensor
+    state: Tensor
+    action: Tensor
+    target_m: Tensor
+    last: Tensor
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+    def batch(self, indices: Tensor, chunk: int) -> Batch:
+        """The observations at `indices` (B,) with the chunks that follow; past the end the last row repeats: the robot
+        stays where the demonstration left it."""
+        rows = torch.minimum(indices[:, None] + torch.arange(chunk), self.last[indices, None])
+        return Batch(self.frames[indices], self.state[indices], self.action[rows], self.target_m[indices])
+
+
+def read_recordings(folder: Path, robot: Embodiment, image_size: int) -> Recordings:
+    """Read and check a folder. Raises DatasetError or DemonstrationsError."""
+    unmeant = [key.name for key in robot.action if key.kind != ABSOLUTE]
+    if unmeant:
+        raise DatasetError(f"action '{unmeant[0]}' of {robot.name} is not absolute: train on absolute actions")
+    index = read_index(folder)
+    demonstrations = []
+    for name in index["files"]:
+        demonstration = load(folder / name)
+        check_demonstration(demonstration, folder / name, robot, image_size)
+        demonstrations.append(demonstration)
+    if not demonstrations:
+        raise DatasetError(f"{folder} holds no demonstration: collect some")
+    return Recordings(index["instruction"], tuple(demonstrations))
+
+
+def check_demonstration(demonstration: Demonstration, path: Path, robot: Embodiment, image_size: int) -> None:
+    """Raise DatasetError, naming file and step, unless shapes fit and every number is finite."""
+    frames = (len(robot.views), image_size, image_size, 3)
+    if demonstration.frames.shape[1:] != frames or demonstration.frames.dtype != np.uint8:
+        found = f"{demonstration.frames.dtype} {demonstration.frames.shape[1:]}"
+        raise DatasetError(f"{path}: frames are {found}, not uint8 {frames}: collect them at image_size")
+    parts = {"state_rad": demonstration.state_rad, "action_rad": demonstration.action_rad}
+    widths = {"state_rad": _width(robot.state), "action_rad": _width(robot.action), "cube_m": 3}
+    for name, values in {**parts, "cube_m": demonstration.cube_m}.items():
+        if values.ndim != 2 or values.shape[1] != widths[name]:
+            raise DatasetError(f"{path}: {name} is {values.shape}, not {widths[name]} wide: it is for another robot")
+        odd = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if odd.size:
+            raise DatasetError(f"{path}: {name} is not finite at step {odd[0]}: collect that file again")
+
+
+def split_recordings(
+    demonstrations: Sequence[Demonstration], held_out: float, seed: int
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """For fitting, and at least one held out. Whole demonstrations, drawn by `seed`. Raises DatasetError below two."""
+    if len(demonstrations) < 2:
+        raise DatasetError(f"{len(demonstrations)} demonstration cannot be split: collect at least two")
+    count = min(max(1, round(held_out * len(demonstrations))), len(demonstrations) - 1)
+    order = np.random.default_rng(seed).permutation(len(demonstrations))
+    return [demonstrations[i] for i in sorted(order[count:])], [demonstrations[i] for i in sorted(order[:count])]
+
+
+def measure_statistics(demonstrations: Sequence[Demonstration], robot: Embodiment, dataset: str) -> Statistics:
+    """The statistics that the checkpoint carries, of the fitted demonstrations alone."""
+    state = np.concatenate([d.state_rad for d in demonstrations]).astype(np.float64)
+    action = np.concatenate([d.action_rad for d in demonstrations]).astype(np.float64)
+    return Statistics(
+        dataset,
+        MERGED,
+        {name: measure(values) for name, values in _split(state, robot.state).items()},
+        {name: measure(values) for name, values in _split(action, robot.action).items()},
+    )
+
+
+def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLanguage) -> Steps:
+    """Demonstrations in the network's terms, by the very code that translates for the robot."""
+    robot = language.embodiment
+    state = np.concatenate([d.state_rad for d in demonstrations])
+    action = np.concatenate([d.action_rad for d in demonstrations])
+    lengths = np.array([len(d) for d in demonstrations])
+    normalised = language.normalise_state(_split(state, robot.state))
+    return Steps(
+        frames=torch.from_numpy(np.concatenate([d.frames for d in demonstrations])),
+        state=torch.from_numpy(_unify(robot.state, normalised)),
+        action=torch.from_numpy(language.encode(_split(action, robot.action))),
+        target_m=torch.from_numpy(np.concatenate([d.cube_m for d in demonstrations])),
+        last=torch.from_numpy(np.repeat(np.cumsum(lengths) - 1, lengths)),
+    )
+
+
+def action_slots(robot: Embodiment) -> Tensor:
+    """Which of the unified action slots the robot uses: (A,) bool."""
+    used = torch.zeros(UNIFIED_DIM, dtype=torch.bool)
+    for key in robot.action:
+        used[key.start : key.stop] = True
+    return used
+
+
+def _width(keys: Sequence[StateKey]) -> int:
+    return sum(key.size for key in keys)
+
+
+def _split(rows: NDArray[np.floating], keys: Sequence[StateKey]) -> dict[str, NDArray[np.floating]]:
+    stops = np.cumsum([key.size for key in keys])
+    return {key.name: rows[:, stop - key.size : stop] for key, stop in zip(keys, stops, strict=True)}
+
+
+def _unify(keys: Sequence[StateKey], values: dict[str, NDArray[np.floating]]) -> NDArray[np.float32]:
+    unified = np.zeros((len(next(iter(values.values()))), UNIFIED_DIM), np.float32)
+    for key in keys:
+        unified[:, key.start : key.stop] = values[key.name]
+    return unified

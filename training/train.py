@@ -1,0 +1,163 @@
+"""`onbeat train RECIPE.toml`: demonstrations in, a checkpoint in the published format out."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from onbeat.embodiment.metadata import save_statistics
+from onbeat.embodiment.robot import Embodiment
+from onbeat.embodiment.schema import load_embodiment
+from onbeat.runtime.language import PolicyLanguage
+from onbeat.training.config import save_config
+from onbeat.training.dataset import (
+    Steps,
+    action_slots,
+    assemble_steps,
+    measure_statistics,
+    read_recordings,
+    split_recordings,
+)
+from onbeat.training.fit import Fit, fresh_policy
+from onbeat.training.model.policy import count_parameters
+from onbeat.training.recipe import Recipe, load_recipe
+from onbeat.training.text import fit_tokenizer, write_tokenizer
+
+HISTORY_FILE = "history.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that a run needs before its first step. language: translates for the robot and for training alike."""
+
+    language: PolicyLanguage
+    instruction: str
+    data: Steps
+    held_out: Steps
+    slots: Tensor
+    vocabulary: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fit a policy; returns the exit code."""
+    options = _parser().parse_args(argv)
+    recipe = load_recipe(options.recipe)
+    torch.set_num_threads(recipe.fitting.threads)
+    prepared = prepare(recipe, options.data, options.out)
+    fit = start_fit(recipe, prepared)
+    if options.resume:
+        fit.resume(options.out)
+    _print_plan(fit, prepared)
+    if not options.dry_run:
+        run(fit, prepared.held_out, options.out)
+    if options.json:
+        print(json.dumps({"recipe": recipe.describe(), "step": fit.step, **fit.validate(prepared.held_out)}))
+    return 0
+
+
+def prepare(recipe: Recipe, data: Path, out: Path) -> Prepared:
+    """Read the demonstrations and write the checkpoint's tokenizer, statistics and config.json into `out`."""
+    robot = load_embodiment(recipe.embodiment)
+    recordings = read_recordings(data, robot, recipe.network.image_size)
+    fitted, held_out = split_recordings(recordings.demonstrations, recipe.fitting.held_out, recipe.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = fit_tokenizer(sentences(recipe, recordings.instruction))
+    write_tokenizer(tokenizer, out)
+    save_statistics(measure_statistics(fitted, robot, recipe.dataset), out)
+    save_config(recipe.network.configure(tokenizer.get_vocab_size()), out)
+    language = PolicyLanguage.from_folder(out, embodiment=robot, dataset=recipe.dataset)
+    return Prepared(
+        language,
+        recordings.instruction,
+        assemble_steps(fitted, language),
+        assemble_steps(held_out, language),
+        action_slots(robot),
+        tokenizer.get_vocab_size(),
+    )
+
+
+def sentences(recipe: Recipe, instruction: str) -> list[str]:
+    """The text around an observation, piece by piece as the prompt has it."""
+    return [f"system\n{recipe.network.system_message}", "user\n", "assistant\n", "\n", instruction]
+
+
+def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
+    """A run at step 0."""
+    policy = fresh_policy(recipe.network, prepared.vocabulary, recipe.seed, prepared.slots)
+    prompt = prepared.language.prompt(prepared.instruction)
+    return Fit(recipe, policy, prepared.data, prompt, prepared.slots)
+
+
+def run(fit: Fit, held_out: Steps, out: Path) -> None:
+    """Take the remaining steps; validate and write the checkpoint every `report_steps` and at the end."""
+    fitting, recent, began = fit.fitting, Recent(), time.monotonic()
+    with tqdm(total=fitting.steps, initial=fit.step, unit="step", smoothing=0.05) as progress:
+        while fit.step < fitting.steps:
+            recent.add(fit.advance().__getstate__())
+            progress.update()
+            if fit.step % fitting.report_steps == 0 or fit.step == fitting.steps:
+                row = {"step": fit.step, "elapsed_s": round(time.monotonic() - began, 1), **recent.take()}
+                row |= {f"held_out_{name}": value for name, value in fit.validate(held_out).items()}
+                fit.save(out)
+                append_history(out / HISTORY_FILE, row)
+                progress.write(_line(row), file=sys.stderr)
+
+
+class Recent:
+    """Means over the steps since the last report."""
+
+    def __init__(self) -> None:
+        self._rows: list[Any] = []
+
+    def add(self, losses: Any) -> None:
+        self._rows.append(losses)
+
+    def take(self) -> dict[str, float]:
+        """The means, and start anew."""
+        means = torch.tensor(self._rows).mean(0).tolist()
+        self._rows = []
+        return dict(zip(("flow", "place", "norm"), means, strict=True))
+
+
+def append_history(path: Path, row: dict[str, float]) -> None:
+    """One line of JSON per report."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _line(row: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+
+
+def _print_plan(fit: Fit, prepared: Prepared) -> None:
+    parts = count_parameters(fit.policy)
+    epochs = fit.fitting.steps * fit.fitting.batch / len(prepared.data)
+    print(f"{len(prepared.data)} steps to fit, {len(prepared.held_out)} held out; {epochs:.1f} epochs", file=sys.stderr)
+    print("parameters: " + "  ".join(f"{name} {count:,}" for name, count in parts.items()), file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onbeat train",
+        description="Fit a policy on recorded demonstrations.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="TOML file, such as training/configs/so101_lift.toml")
+    parser.add_argument("--data", type=Path, default=Path("out/demonstrations"), help="folder of demonstrations")
+    parser.add_argument("--out", type=Path, default=Path("out/checkpoint"), help="checkpoint folder to write")
+    parser.add_argument("--resume", action="store_true", help="go on from what is in --out")
+    parser.add_argument("--dry-run", action="store_true", help="read and check everything, take no step")
+    parser.add_argument("--json", action="store_true", help="print recipe and held-out losses as JSON on stdout")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
