@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.export import layers
 from onbeat.export.graph import END, Graph
 from onbeat.export.layers import Parameters, action_stream
 from onbeat.runtime.engine import SamplerSpec
 from onbeat.training.config import PolicyConfig
+from onbeat.training.model import gating
 from onbeat.training.model.heads import embed_time
 from onbeat.training.model.sampler import CLEAN_BUCKET, time_buckets
-
-GATE_EPSILON = 1e-5
-UNIFIED = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +57,9 @@ def add_flow(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) -> None:
     """Add the whole sampler, inputs and outputs included."""
     chunk = config.chunk
     cache_inputs = _cache_inputs(graph, config)
-    noise = graph.input("noise", np.float32, [sampler.iterations, chunk, UNIFIED])
+    noise = graph.input("noise", np.float32, [sampler.iterations, chunk, UNIFIED_DIM])
     directions = _directions_input(graph, config, sampler)
-    prev_chunk = graph.input("prev_chunk", np.float32, [chunk, UNIFIED])
+    prev_chunk = graph.input("prev_chunk", np.float32, [chunk, UNIFIED_DIM])
     delay = graph.input("delay", np.int64, [])
     with graph.scope("positions"):
         cache = _cache(graph, config, *cache_inputs)
@@ -69,7 +68,7 @@ def add_flow(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) -> None:
         prefix = Prefix(frozen=graph.op("Less", rows, delay), actions=prev_chunk)
     writer = FlowWriter(graph, config, sampler, cache, prefix, directions)
     actions, gates, costs = _iterations(writer, noise)
-    graph.output(actions, "actions", np.float32, [chunk, UNIFIED])
+    graph.output(actions, "actions", np.float32, [chunk, UNIFIED_DIM])
     if gates:
         _publish_gates(writer, "gate", gates)
         _publish_gates(writer, "cost", costs)
@@ -214,7 +213,7 @@ def _anchor(writer: FlowWriter, clean: str) -> str:
     with graph.scope("anchor"):
         encoded = encode_actions(writer, clean, _bucket_weight(writer, writer.config.gate.anchor_bucket))
         projected = layers.linear(graph, "mpg.action_proj", encoded)
-        normed = layers.plain_layer_norm(graph, projected, writer.config.decoder.und.width, GATE_EPSILON)
+        normed = layers.plain_layer_norm(graph, projected, writer.config.decoder.und.width, gating.NORM_EPSILON)
         return graph.op("ReduceMean", normed, graph.ints([0]), keepdims=1)
 
 
@@ -254,7 +253,7 @@ def _without_state_row(graph: Graph, rows: str) -> str:
 def _cost(writer: FlowWriter, seen: str, anchor: str, directions: str | None) -> str:
     """Sliced squared distance of LN(seen) from the anchor: over the given directions, or its expectation (scalar)."""
     graph, width = writer.graph, writer.config.decoder.und.width
-    away = graph.op("Sub", layers.plain_layer_norm(graph, seen, width, GATE_EPSILON), anchor)
+    away = graph.op("Sub", layers.plain_layer_norm(graph, seen, width, gating.NORM_EPSILON), anchor)
     if directions is not None:
         away = graph.op("MatMul", away, graph.op("Transpose", _unit(graph, directions), perm=[1, 0]))
     mean = graph.op("ReduceMean", graph.op("Mul", away, away), keepdims=0)

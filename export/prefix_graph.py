@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.export import layers
 from onbeat.export.graph import END, Graph
 from onbeat.export.layers import Stream, action_stream, understanding_stream
+from onbeat.kernels.image import IMAGENET_MEAN, IMAGENET_STD
 from onbeat.training.config import PolicyConfig
-
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-CONNECTOR_EPSILON = 1e-5
+from onbeat.training.model import connector
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ def add_prefix(graph: Graph, config: PolicyConfig, layout: PrefixLayout) -> None
     side = config.vision.image_size
     views = graph.input("views", np.uint8, [layout.views, side, side, 3])
     token_ids = graph.input("token_ids", np.int64, ["tokens"])
-    state = graph.input("state", np.float32, [200])
+    state = graph.input("state", np.float32, [UNIFIED_DIM])
     with graph.scope("vision"):
         images = connect(graph, config, encode_views(graph, config, layout.views, views))
     with graph.scope("embed"):
@@ -104,7 +103,7 @@ def _vision_attention(graph: Graph, config: PolicyConfig, layer: str, x: str) ->
 def connect(graph: Graph, config: PolicyConfig, patches: str) -> str:
     """(V, P * P, W) -> (V * tokens, H): pixel shuffle, then the connector's MLP."""
     rows = _pixel_shuffle(graph, config, patches)
-    normed = layers.layer_norm(graph, "connector.mlp1.0", rows, CONNECTOR_EPSILON)
+    normed = layers.layer_norm(graph, "connector.mlp1.0", rows, connector.NORM_EPSILON)
     hidden = graph.op("Gelu", layers.linear(graph, "connector.mlp1.1", normed))
     return layers.linear(graph, "connector.mlp1.3", hidden)
 

@@ -1,8 +1,12 @@
 """Fixtures of several areas: the recorded cases, and bundles exported from them once per run."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: its threads wait by spinning, which on a shared machine costs more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 

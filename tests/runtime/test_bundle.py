@@ -81,7 +81,7 @@ def test_changed_byte(bundle: Path, name: str, where: float) -> None:
     content = bytearray((bundle / name).read_bytes())
     content[round(where * (len(content) - 1))] ^= 1
     (bundle / name).write_bytes(content)
-    with pytest.raises(BundleError, match="again|version"):
+    with pytest.raises(BundleError, match=r"again|version"):
         load_bundle(bundle)
 
 
@@ -101,7 +101,7 @@ def test_truncated_weights(bundle: Path) -> None:
 
 def test_file_that_is_not_of_the_bundle(bundle: Path) -> None:
     (bundle / "libero_metadata.json").write_text("{}")
-    with pytest.raises(DamagedBundle, match="libero_metadata.json, which the manifest does not name"):
+    with pytest.raises(DamagedBundle, match=r"libero_metadata\.json, which the manifest does not name"):
         load_bundle(bundle)
 
 
@@ -149,5 +149,5 @@ def seal_document(bundle: Path, document: dict) -> None:
 def test_another_robot(bundle: Path) -> None:
     loaded = load_bundle(bundle)
     assert loaded.open_language("libero").embodiment.name == "libero"
-    with pytest.raises(WrongEmbodiment, match="'libero'.*'robocasa'"):
+    with pytest.raises(WrongEmbodiment, match=r"'libero'.*'robocasa'"):
         loaded.open_language("robocasa")

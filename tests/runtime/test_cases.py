@@ -29,7 +29,7 @@ class Echo:
     def prefix(self, inputs: PolicyInputs) -> PolicyInputs:
         return inputs
 
-    def flow(self, prefix: PolicyInputs, noise: np.ndarray, **asked: object) -> FlowResult:
+    def flow(self, _: PolicyInputs, noise: np.ndarray, **asked: object) -> FlowResult:
         self.asked = {"noise": noise, **asked}
         return FlowResult(self.actions, np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
 
