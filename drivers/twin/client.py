@@ -57,7 +57,10 @@ def start_twin(
     command += [] if is_paced else ["--unpaced"]
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOG_FILE).open("wb") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=_environment())
+        # A session of its own: the Ctrl-C of a terminal must not stop the world while the arm comes to rest in it.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=_environment(), start_new_session=True
+        )
     frames: dict[str, str] = {}
     try:
         told = _first_line(process, run_dir, startup_timeout_s)

@@ -13,10 +13,12 @@ import pytest
 
 pytest.importorskip("mujoco")
 from onbeat.drivers.feetech import errors
-from onbeat.drivers.feetech.device import FeetechBus
+from onbeat.drivers.feetech.device import BusSettings, FeetechBus
 from onbeat.drivers.twin.client import RunningTwin, TwinFailed, start_twin
 from onbeat.drivers.twin.frames import SHARED_MEMORY
 from onbeat.drivers.twin.records import read_counts, read_goals, read_truth
+
+PATIENT = BusSettings(timeout_ms=2000.0)  # a busy machine must not make it ask, and write goals, twice
 
 
 def wait_until(condition, timeout_s: float = 8.0) -> bool:
@@ -33,7 +35,8 @@ def shared_memory_of(pid: int) -> list[Path]:
 
 
 def test_the_arm_moves_and_the_truth_is_written(tmp_path: Path, joints, state) -> None:
-    with start_twin(tmp_path, has_cameras=False, attempt_timeout_s=0.4) as twin, FeetechBus(twin.port, joints) as bus:
+    twins = start_twin(tmp_path, has_cameras=False, attempt_timeout_s=0.4)
+    with twins as twin, FeetechBus(twin.port, joints, PATIENT) as bus:
         bus.enable(True)
         bus.read(state)
         goal = state.position_rad + 0.15
