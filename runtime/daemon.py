@@ -153,10 +153,10 @@ class Session:
             self.stop.set()
 
     def _report_until_end(self, threads: Sequence[threading.Thread]) -> None:
-        ends_ns = time.monotonic_ns() + int(self.seconds * 1e9)
-        while not self.stop.wait(STATUS_PERIOD_S):
+        ends_s = time.monotonic() + self.seconds
+        while not self.stop.wait(min(STATUS_PERIOD_S, max(0.0, ends_s - time.monotonic()))):
             self.say({"event": "status", **self.status()})
-            if time.monotonic_ns() >= ends_ns:
+            if time.monotonic() >= ends_s:
                 self.stop.set()
         for thread in threads:
             thread.join(JOIN_S)
