@@ -1,0 +1,151 @@
+"""A session on fake devices: whatever fails, the arm is brought to rest first and the reason comes out."""
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from onbeat.drivers.feetech.errors import PortLost
+from onbeat.drivers.feetech.fake import FakeBus
+from onbeat.drivers.interfaces import Frame, JointState
+from onbeat.embodiment.errors import OnbeatError
+from onbeat.runtime.daemon import Session, loaded_modules
+from onbeat.runtime.policy import PolicyOutput, StageTimes
+from onbeat.runtime.robots import Robot, load_robot
+
+ROWS, JOINTS = 16, 6
+
+
+class LiveCamera:
+    """A frame every 100 ms, until `frozen`."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.frozen_ns = name, 0
+
+    def latest(self) -> Frame:
+        t_ns = (self.frozen_ns or time.monotonic_ns()) // 100_000_000 * 100_000_000
+        return Frame(t_ns // 100_000_000, t_ns, np.zeros((8, 8, 3), np.uint8))
+
+    def close(self) -> None: ...
+
+
+class SwingingPolicy:
+    """Chunks that sway the arm; `fails_at` is the inference that raises."""
+
+    def __init__(self, robot: Robot, fails_at: int = 10**6) -> None:
+        self.robot, self.fails_at, self.count = robot, fails_at, 0
+        self.spec = SimpleNamespace(chunk=ROWS, trained_delay=0)
+        self.language = None
+
+    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0) -> PolicyOutput:  # noqa: ARG002
+        self.count += 1
+        if self.count == self.fails_at:
+            raise OnbeatError("the state is not finite: check the sensor")
+        sway = 0.3 * np.sin(np.arange(ROWS) / 3 + self.count)[:, None] * np.ones(JOINTS)
+        empty = np.zeros((0, 0), np.float32)
+        return PolicyOutput(empty, self.robot.embodiment.split(sway), empty, empty, StageTimes(1, 1, 1), empty, None)
+
+
+class CountingBus(FakeBus):
+    """A fake bus that counts faults, as the session's record asks, and loses its port after `lives` exchanges."""
+
+    lives = 10**6
+
+    def faults(self) -> dict[str, int]:
+        return {}
+
+    def exchange(self, goal_rad: np.ndarray, into: JointState) -> None:
+        self.lives -= 1
+        if self.lives < 0:
+            raise PortLost("the port is gone")
+        super().exchange(goal_rad, into)
+
+
+@pytest.fixture(autouse=True)
+def _ordinary_process() -> Iterator[None]:
+    """A session's loop thread changes the interpreter's settings for its process; give them back."""
+    interval = sys.getswitchinterval()
+    yield
+    gc.unfreeze()
+    gc.enable()
+    sys.setswitchinterval(interval)
+
+
+def session(*, seconds: float = 1.0, fails_at: int = 10**6) -> Session:
+    robot = load_robot("so101-twin")
+    bus = CountingBus(robot.joints)
+    cameras = [LiveCamera(view) for view in robot.embodiment.views]
+    policy = SwingingPolicy(robot, fails_at)
+    said: list = []
+    return Session(robot, policy, bus, cameras, "sway", seconds, said.append)  # pyright: ignore[reportArgumentType]
+
+
+def assert_came_to_rest(run: Session) -> None:
+    goals = run.ticks.arrays()["goal_rad"]
+    speed = np.diff(goals, axis=0) / 0.01
+    assert np.abs(speed).max() > 0.2
+    assert np.abs(np.diff(speed, axis=0)).max() <= 20.0 * 0.01 * (1 + 1e-9)
+    assert (goals[-1] == goals[-2]).all()
+
+
+def test_runs_for_its_time_and_comes_to_rest():
+    run = session()
+    run.run()
+    status = run.status()
+    assert status["chunks"] >= 5
+    assert 0.9 <= status["t_s"] <= 1.6
+    assert len(run.warm_up_ns) == 2
+    assert_came_to_rest(run)
+
+
+def test_an_error_in_the_inference_thread_stops_the_run_with_its_reason():
+    run = session(seconds=30.0, fails_at=9)
+    with pytest.raises(OnbeatError, match="not finite"):
+        run.run()
+    assert run.status()["t_s"] < 5
+    assert_came_to_rest(run)
+
+
+def test_an_error_of_the_first_inference_moves_nothing():
+    run = session(fails_at=1)
+    with pytest.raises(OnbeatError, match="not finite"):
+        run.run()
+    assert run.bus.goals == []  # pyright: ignore[reportAttributeAccessIssue]
+    assert threading.active_count() == 1 or all(t.name not in ("loop", "inference") for t in threading.enumerate())
+
+
+def test_a_pulled_cable_ends_the_run_with_its_reason():
+    run = session(seconds=30.0)
+    run.bus.lives = 50  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(PortLost, match="plug the adapter in again"):
+        run.run()
+    assert run.loop.status.ticks == 50
+
+
+@pytest.mark.slow
+def test_cameras_that_freeze_leave_the_arm_at_rest_and_the_loop_running():
+    run = session(seconds=3.2)
+    freeze = threading.Timer(0.5, lambda: [setattr(c, "frozen_ns", time.monotonic_ns()) for c in run.cameras])
+    freeze.start()
+    run.run()
+    assert run.status()["stale"] > 0
+    ticks = run.ticks.arrays()
+    assert (ticks["goal_rad"][-50:] == ticks["goal_rad"][-1]).all()
+    assert ticks["flags"][-60] & 1
+
+
+def test_stop_before_the_first_tick_moves_nothing_far():
+    run = session(seconds=30.0)
+    run.stop.set()
+    run.run()
+    assert run.loop.status.ticks <= 2
+
+
+def test_the_modules_of_a_process_are_told():
+    assert "numpy" in loaded_modules()
+    assert "onbeat.runtime.daemon" in loaded_modules()
