@@ -3,9 +3,10 @@
 N policy steps, V views, S image side, J joints, C chunk rows, A = 200 unified slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Recordings:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """frames (B, V, S, S, 3) uint8; state (B, A) and actions (B, C, A) normalised; target_m (B, 3) the object's place."""
+    """frames (B, V, S, S, 3) uint8; state (B, A), actions (B, C, A) normalised; target_m (B, 3) the object's place."""
 
     frames: Tensor
     state: Tensor
@@ -87,14 +88,17 @@ def check_demonstration(demonstration: Demonstration, path: Path, robot: Embodim
     if demonstration.frames.shape[1:] != frames or demonstration.frames.dtype != np.uint8:
         found = f"{demonstration.frames.dtype} {demonstration.frames.shape[1:]}"
         raise DatasetError(f"{path}: frames are {found}, not uint8 {frames}: collect them at image_size")
-    parts = {"state_rad": demonstration.state_rad, "action_rad": demonstration.action_rad}
-    widths = {"state_rad": _width(robot.state), "action_rad": _width(robot.action), "cube_m": 3}
-    for name, values in {**parts, "cube_m": demonstration.cube_m}.items():
-        if values.ndim != 2 or values.shape[1] != widths[name]:
-            raise DatasetError(f"{path}: {name} is {values.shape}, not {widths[name]} wide: it is for another robot")
-        odd = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if odd.size:
-            raise DatasetError(f"{path}: {name} is not finite at step {odd[0]}: collect that file again")
+    _check_rows(f"{path}: state_rad", demonstration.state_rad, _width(robot.state))
+    _check_rows(f"{path}: action_rad", demonstration.action_rad, _width(robot.action))
+    _check_rows(f"{path}: cube_m", demonstration.cube_m, 3)
+
+
+def _check_rows(what: str, rows: NDArray[Any], width: int) -> None:
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise DatasetError(f"{what} is {rows.shape}, not {width} wide: it is for another robot")
+    odd = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if odd.size:
+        raise DatasetError(f"{what} is not finite at step {odd[0]}: collect that file again")
 
 
 def split_recordings(
@@ -148,12 +152,12 @@ def _width(keys: Sequence[StateKey]) -> int:
     return sum(key.size for key in keys)
 
 
-def _split(rows: NDArray[np.floating], keys: Sequence[StateKey]) -> dict[str, NDArray[np.floating]]:
+def _split(rows: NDArray[Any], keys: Sequence[StateKey]) -> dict[str, NDArray[Any]]:
     stops = np.cumsum([key.size for key in keys])
     return {key.name: rows[:, stop - key.size : stop] for key, stop in zip(keys, stops, strict=True)}
 
 
-def _unify(keys: Sequence[StateKey], values: dict[str, NDArray[np.floating]]) -> NDArray[np.float32]:
+def _unify(keys: Sequence[StateKey], values: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     unified = np.zeros((len(next(iter(values.values()))), UNIFIED_DIM), np.float32)
     for key in keys:
         unified[:, key.start : key.stop] = values[key.name]

@@ -6,8 +6,8 @@ B observations, D draws per observation, C chunk rows, A = 200 unified slots.
 
 import copy
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,10 @@ from onbeat.training.model.sampler import choose_sampler, sample_chunk
 from onbeat.training.model.vision import normalise_views
 from onbeat.training.recipe import Fitting, Network, Recipe
 
-STATE_FILE = "fit.safetensors"
+STATE_FILE = "resume/fit.safetensors"  # not beside the weights: a checkpoint's *.safetensors are all read
 RATE_FLOOR = 0.02  # of the peak, at the end of the cosine
 BETAS = (0.9, 0.999)
+FIRST_VELOCITY = 0.1  # deviations: the decoder starts by saying little rather than something wrong
 SEED_STRIDE = 1_000_003  # a prime, so that the streams of neighbouring seeds do not meet
 VALIDATION_SEED = -1
 
@@ -36,9 +37,8 @@ class ResumeError(OnbeatError):
     """There is nothing to resume, or it belongs to another recipe."""
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """One step's losses. flow: per counted element, normalised units. place: squared deviations. norm: of the gradient."""
+class Losses(NamedTuple):
+    """One step. flow: per counted element, normalised units. place: squared deviations. norm: of the gradient."""
 
     flow: float
     place: float
@@ -46,7 +46,7 @@ class Losses:
 
 
 def fresh_policy(network: Network, vocabulary: int, seed: int, slots: Tensor) -> Policy:
-    """Random weights with unit-variance linear maps, and nothing into or out of the action slots that no data moves.
+    """Random weights that keep the variance of what passes, and no weight into or out of slots that no data moves.
 
     With those at zero, and their inputs zero in training, they stay so: noise in unused slots never reaches an action.
     slots: (A,) bool, the used ones.
@@ -55,11 +55,10 @@ def fresh_policy(network: Network, vocabulary: int, seed: int, slots: Tensor) ->
     with torch.no_grad():
         for module in policy.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                fan_in = module.weight[0].numel()
-                module.weight.mul_(fan_in**-0.5 / module.weight.std())
+                module.weight.mul_(module.weight[0].numel() ** -0.5 / module.weight.std())
         policy.action_encoder.W1.weight[:, ~slots] = 0
         policy.action_decoder.layer2.weight[~slots] = 0
-        policy.action_decoder.layer2.weight.mul_(0.1)
+        policy.action_decoder.layer2.weight.mul_(FIRST_VELOCITY)
     return policy
 
 
@@ -69,7 +68,7 @@ class Fit:
     def __init__(self, recipe: Recipe, policy: Policy, data: Steps, prompt: Prompt, slots: Tensor) -> None:
         self.recipe, self.policy, self.data, self.prompt, self.slots = recipe, policy, data, prompt, slots
         self.average = copy.deepcopy(policy).requires_grad_(False).eval()
-        torch.manual_seed(recipe.seed)  # of the auxiliary heads' first weights, the only ones not drawn by `fresh_policy`
+        torch.manual_seed(recipe.seed)  # for the auxiliary heads' first weights
         self.places = PlaceHeads(policy.config, prompt, views=data.frames.shape[1])
         self.place_mean, self.place_deviation = data.target_m.mean(0), data.target_m.std(0) + 1e-6
         self.step = 0
@@ -90,8 +89,7 @@ class Fit:
         for group in self.optimiser.param_groups:
             group["lr"] = self.fitting.peak_rate * self._rate()
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.fitting.precision == "bf16"):
-            flow, place = self._losses(self.policy, batch, generator, self.fitting.jitter)
+        flow, place = self._losses(self.policy, batch, generator, self.fitting.jitter)
         (flow + self.fitting.auxiliary_weight * place).backward()
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.fitting.clip_norm)
         self.optimiser.step()
@@ -130,9 +128,11 @@ class Fit:
     def save(self, folder: Path) -> None:
         """Write the checkpoint (the average) and all that a resumed run needs, each file whole or not at all."""
         save_checkpoint(self.average, folder)
-        partial = folder / f".{STATE_FILE}.partial"
-        save_file(self._state(), partial, metadata={"step": str(self.step), "recipe": repr(self.recipe)})
-        os.replace(partial, folder / STATE_FILE)
+        path = folder / STATE_FILE
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(self._state(), partial, metadata={"step": str(self.step), "recipe": self.recipe.fingerprint()})
+        os.replace(partial, path)
 
     def resume(self, folder: Path) -> None:
         """Take over what `save` wrote. Raises ResumeError."""
@@ -143,22 +143,19 @@ class Fit:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as problem:
             raise ResumeError(f"{path} cannot be read ({problem}): start without --resume") from None
-        if metadata["recipe"] != repr(self.recipe):
+        if metadata["recipe"] != self.recipe.fingerprint():
             raise ResumeError(f"{path} was written by another recipe: restore that one, or start without --resume")
         self._load(tensors)
         self.step = int(metadata["step"])
 
-    def _losses(
-        self, policy: Policy, batch: Batch, generator: torch.Generator, jitter: float
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, policy: Policy, batch: Batch, generator: torch.Generator, jitter: float) -> tuple[Tensor, Tensor]:
         pixels = jitter_colours(normalise_views(batch.frames), jitter, generator)
         cache = self._encode(policy, batch, pixels)
         valid = self.slots.expand_as(batch.actions)
         task = draw_flow_task(batch.actions, valid, self.fitting.draws, self.distribution, generator)
-        flow = flow_loss(policy.velocity(cache, task.noisy, task.bucket).float(), task)
+        flow = flow_loss(policy.velocity(cache, task.noisy, task.bucket), task)
         place = (batch.target_m - self.place_mean) / self.place_deviation
-        guesses = self.places(cache)
-        return flow, place_loss((guesses[0].float(), guesses[1].float()), place)
+        return flow, place_loss(self.places(cache), place)
 
     def _encode(self, policy: Policy, batch: Batch, pixels: Tensor) -> Cache:
         ids = torch.from_numpy(self.prompt.token_ids).expand(len(pixels), -1)
@@ -176,15 +173,14 @@ class Fit:
         return torch.Generator().manual_seed((self.recipe.seed * SEED_STRIDE + stream) % 2**63)
 
     def _rate(self) -> float:
-        return warm_up_cosine(
-            self.step, warm_up=self.fitting.warm_up_steps, total=self.fitting.steps, floor=RATE_FLOOR
-        )
+        return warm_up_cosine(self.step, warm_up=self.fitting.warm_up_steps, total=self.fitting.steps, floor=RATE_FLOOR)
 
     @torch.no_grad()
     def _follow(self) -> None:
         # While the run is young an average over all its steps would remember the random start.
         decay = min(self.fitting.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.policy.parameters()), 1 - decay)
+        for average, newest in zip(self.average.parameters(), self.policy.parameters(), strict=True):
+            average.lerp_(newest, 1 - decay)
 
     def _groups(self) -> list[dict[str, object]]:
         parameters = [*self.policy.parameters(), *self.places.parameters()]

@@ -1,6 +1,7 @@
 """What a training run is made of, read from one TOML file: robot, network, fit. Unknown keys are errors."""
 
 import difflib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -91,10 +92,9 @@ class Network:
 class Fitting:
     """How the network is fitted. batch: observations per step; draws: (noise, time, delay) per observation.
 
-    ema_decay: of the weights that are written. auxiliary_weight: of the loss on the object's position, in training only.
+    ema_decay: of the weights that are written. auxiliary_weight: of the loss on the object's place, in training only.
     jitter: largest change of a channel's gain and offset, in deviations. held_out: share of the demonstrations.
-    report_steps: steps between validations, each of which also writes a checkpoint. precision: "fp32", or "bf16" for
-    matrix products in bfloat16 where the processor is faster at it; weights are float32 always.
+    report_steps: steps between validations, each of which also writes a checkpoint. All arithmetic is float32.
     """
 
     steps: int = 6000
@@ -109,7 +109,6 @@ class Fitting:
     jitter: float = 0.1
     held_out: float = 0.05
     report_steps: int = 500
-    precision: str = "fp32"
     threads: int = 2
 
 
@@ -126,6 +125,12 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """The effective recipe, for logs."""
         return asdict(self)
+
+    def fingerprint(self) -> str:
+        """What must be the same for a stopped run to go on: all but how it is watched and on how many threads."""
+        told = self.describe()
+        told["fitting"] = {k: v for k, v in told["fitting"].items() if k not in ("threads", "report_steps")}
+        return json.dumps(told, sort_keys=True)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -186,5 +191,3 @@ def _check_fitting(fitting: Fitting, where: str) -> None:
     for name in ("ema_decay", "held_out"):
         if not 0 <= getattr(fitting, name) < 1:
             raise RecipeError(f"{where}: {name} is {getattr(fitting, name)}: give 0 or more, below 1")
-    if fitting.precision not in ("fp32", "bf16"):
-        raise RecipeError(f"{where}: precision is '{fitting.precision}': give fp32 or bf16")

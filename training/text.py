@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from onbeat.embodiment.errors import OnbeatError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from onbeat.embodiment.errors import OnbeatError
 
 # How Qwen2 cuts text before merging: contractions, words with their leading space, single digits, punctuation, space.
 WORDS = (
@@ -87,7 +88,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))
-    added = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    vocabulary = tokenizer.get_vocab()
+    added = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     _write_json(folder / "added_tokens.json", added)
     _write_json(folder / "special_tokens_map.json", _roles())
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(added))

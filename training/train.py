@@ -7,14 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from onbeat.embodiment.metadata import save_statistics
-from onbeat.embodiment.robot import Embodiment
 from onbeat.embodiment.schema import load_embodiment
 from onbeat.runtime.language import PolicyLanguage
 from onbeat.training.config import save_config
@@ -26,7 +24,7 @@ from onbeat.training.dataset import (
     read_recordings,
     split_recordings,
 )
-from onbeat.training.fit import Fit, fresh_policy
+from onbeat.training.fit import Fit, Losses, fresh_policy
 from onbeat.training.model.policy import count_parameters
 from onbeat.training.recipe import Recipe, load_recipe
 from onbeat.training.text import fit_tokenizer, write_tokenizer
@@ -101,7 +99,7 @@ def run(fit: Fit, held_out: Steps, out: Path) -> None:
     fitting, recent, began = fit.fitting, Recent(), time.monotonic()
     with tqdm(total=fitting.steps, initial=fit.step, unit="step", smoothing=0.05) as progress:
         while fit.step < fitting.steps:
-            recent.add(fit.advance().__getstate__())
+            recent.add(fit.advance())
             progress.update()
             if fit.step % fitting.report_steps == 0 or fit.step == fitting.steps:
                 row = {"step": fit.step, "elapsed_s": round(time.monotonic() - began, 1), **recent.take()}
@@ -115,16 +113,16 @@ class Recent:
     """Means over the steps since the last report."""
 
     def __init__(self) -> None:
-        self._rows: list[Any] = []
+        self._rows: list[Losses] = []
 
-    def add(self, losses: Any) -> None:
+    def add(self, losses: Losses) -> None:
         self._rows.append(losses)
 
     def take(self) -> dict[str, float]:
         """The means, and start anew."""
         means = torch.tensor(self._rows).mean(0).tolist()
         self._rows = []
-        return dict(zip(("flow", "place", "norm"), means, strict=True))
+        return dict(zip(Losses._fields, means, strict=True))
 
 
 def append_history(path: Path, row: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from onbeat.training.losses import CLEAN_BUCKET, FlowDistribution, draw_flow_task, flow_loss, flow_task, warm_up_cosine
 
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from onbeat.training.text import SPECIAL_TOKENS, TextError, fit_tokenizer, write_tokenizer
 from tokenizers import Tokenizer
+
+from onbeat.training.text import SPECIAL_TOKENS, TextError, fit_tokenizer, write_tokenizer
 
 SENTENCES = ["system\nYou move a robot arm.", "user\n", "assistant\n", "lift the cube"]
 
