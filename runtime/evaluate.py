@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onbeat.runtime.bundle import load_bundle
 from onbeat.runtime.controls import redraw_weights
 from onbeat.runtime.episode import AS_SEEN, BLANK, OTHER, Conditions, Outcome, Scene, run_episode
 from onbeat.runtime.measures import figure, text_table, wilson_interval
@@ -114,26 +115,25 @@ def _outcomes(job: Job, seeds: Sequence[int], workers: int) -> Iterator[Outcome]
             yield from map(worker.run, seeds)
         return
     # Spawned and not forked: a drawing context and ONNX Runtime's threads do not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(workers, _open_worker, (job,)) as pool:
-        yield from pool.imap(_run_in_worker, seeds)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(functools.partial(_run_in_worker, job), seeds)
 
 
-_worker: Worker | None = None  # one per process of the pool: a pool's initialiser has nowhere else to leave it
+_worker: Worker | None = None  # one per process of the pool, which gives it nowhere else to stay
 
 
-def _open_worker(job: Job) -> None:
+def _run_in_worker(job: Job, seed: int) -> Outcome:
+    # Opened by the first seed and not by the pool's initialiser, whose errors a pool answers with new workers for ever.
     global _worker
-    _worker = job.open()
-
-
-def _run_in_worker(seed: int) -> Outcome:
-    assert _worker is not None
+    if _worker is None:
+        _worker = job.open()
     return _worker.run(seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a bundle; 0 when every seed was run, 1 for a bundle or machine that cannot be used."""
     options = _parser().parse_args(argv)
+    load_bundle(options.bundle)  # refused here, before any worker has started
     controls = CONTROLS if options.control == "all" else tuple(dict.fromkeys(("none", options.control)))
     with tempfile.TemporaryDirectory() as scratch:
         evaluations = [_evaluate_bundle(options, control, Path(scratch)) for control in controls]

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime import evaluate as command
+from onbeat.runtime.bundle import NotABundle
 from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.episode import BLANK, OTHER, Conditions, Episode, Outcome, Scene, in_servo_steps, run_episode
 from onbeat.runtime.evaluate import CONTROLS, Evaluation, as_json, as_text, evaluate
@@ -172,6 +174,27 @@ def test_workers_do_not_change_the_outcomes():
 _stay = functools.partial(stay)
 
 
+class NoPolicy(OnbeatError):
+    pass
+
+
+def refuse() -> Scripted:
+    raise NoPolicy("there is none: make one")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_policy_that_cannot_be_opened_ends_the_evaluation_with_its_own_error(workers):
+    with pytest.raises(NoPolicy, match="make one"):
+        evaluate(refuse, range(SEED, SEED + 4), conditions=CONDITIONS, workers=workers)
+
+
+def test_a_folder_that_is_no_bundle_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(NotABundle):
+        command.main(["--bundle", str(tmp_path)])
+
+
 def fake_evaluation(control: str, successes: int, attempts: int) -> Evaluation:
     outcomes = (Outcome(SEED + k, 3.5 if k < successes else None, 0.1, 40, 7, 2, {2: 39}) for k in range(attempts))
     return Evaluation(control, CONDITIONS, tuple(outcomes))
@@ -195,6 +218,7 @@ def test_json_has_rate_interval_conditions_and_outcomes():
 
 @pytest.mark.parametrize(("asked", "run"), [("none", ["none"]), ("blank", ["none", "blank"]), ("all", list(CONTROLS))])
 def test_command_runs_the_policy_and_the_asked_controls(monkeypatch, capsys, tmp_path, asked, run):
+    monkeypatch.setattr(command, "load_bundle", lambda _: None)
     monkeypatch.setattr(command, "_evaluate_bundle", lambda _, control, __: fake_evaluation(control, 1, 2))
     assert command.main(["--control", asked, "--json", "--out", str(tmp_path / "deep" / "e.json")]) == 0
     printed = json.loads(capsys.readouterr().out)
