@@ -8,28 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onbeat.embodiment.errors import OnbeatError
+from onbeat.runtime.prompt import INSTRUCTION_TEMPLATES, SYSTEM_MESSAGES
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "beingh"
 LAYER_MODULE = "Qwen3MoTDecoderLayer"
 TIME_BUCKETS = 1000
 
-# The templates a checkpoint may name, with the system message each one stands for.
-SYSTEM_MESSAGES = {
-    "being_h0": "You are Being-H0, a helpful and harmless AI assistant developed by BeingBeyond.",
-    "internvl2_5": (
-        "你是书生·万象，英文名是InternVL，"
-        "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-    ),
-    "internlm2-chat": (
-        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
-        "英文名叫InternVL, 是一个有用无害的人工智能助手。"
-    ),
-}
-PROMPT_TEMPLATES = {
-    "long": "According to the instruction '{task_description}', what's the micro-step actions in the next {k} steps?",
-    "short": "{task_description}",
-}
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 ROPE_PRECISIONS = ("bf16", "fp32")
 FIRST_PASSES = ("published", "projected")
@@ -170,7 +155,7 @@ class PolicyConfig:
     @property
     def instruction_template(self) -> str:
         """The user's sentence, with the fields {task_description} and {k} = chunk length."""
-        return PROMPT_TEMPLATES[self.prompt_template]
+        return INSTRUCTION_TEMPLATES[self.prompt_template]
 
 
 def load_config(folder: Path, *, rope: str | None = None) -> PolicyConfig:
@@ -454,7 +439,7 @@ def _check_policy(config: PolicyConfig) -> None:
     _check_decoder(config.decoder)
     _check_at_least(1, action_chunk_length=config.chunk, num_inference_timesteps=config.flow_steps)
     _check_choice("template", config.template, tuple(SYSTEM_MESSAGES))
-    _check_choice("prompt_template", config.prompt_template, tuple(PROMPT_TEMPLATES))
+    _check_choice("prompt_template", config.prompt_template, tuple(INSTRUCTION_TEMPLATES))
     _check_choice("onbeat.mpg_first_pass", config.gate.first_pass, FIRST_PASSES)
     if not 0 <= config.gate.anchor_bucket <= TIME_BUCKETS:
         raise ConfigError(f"onbeat.mpg_anchor_bucket is {config.gate.anchor_bucket}: give 0 to {TIME_BUCKETS}")

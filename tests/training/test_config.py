@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from onbeat.runtime.prompt import SYSTEM_MESSAGES
 from onbeat.training.config import (
-    SYSTEM_MESSAGES,
     ConfigError,
     VisionConfig,
     load_config,

@@ -2,7 +2,7 @@
 
 The naive one reads the published tensor names, loops over heads, and writes the softmax and the sorting of the sliced
 Wasserstein distance out. It shares nothing with the network but the vision tower. All in float64, save the
-phases: float32 is part of the rules there (at bucket 1000 its rounding alone moves actions by 1e-5).
+phases: float32 is part of the rules there, and its rounding alone can move actions by 1e-5.
 """
 
 import math
