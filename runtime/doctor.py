@@ -221,7 +221,7 @@ def _bundles(bundles: dict[str, Probe]) -> Iterator[Check]:
         yield Check("bundle", OPTIONAL, "none found", "run `onbeat export`, or name a bundle folder")
     for path, probe in bundles.items():
         if probe.error:
-            yield Check("bundle", FAILED, f"{path}: {probe.error}", f"export it again: `onbeat export --out {path}`")
+            yield Check("bundle", FAILED, f"{path}: {probe.error}", f"run `onbeat export CHECKPOINT {path} --replace`")
         else:
             yield Check("bundle", OK, f"{path}: {probe.found}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from onbeat.drivers.feetech.protocol import RAD_PER_STEP
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime import evaluate as command
 from onbeat.runtime.bundle import NotABundle
@@ -120,6 +121,15 @@ def test_observations_are_stamped_in_simulated_time_and_rounded_to_servo_steps(s
     assert [o.t_capture_ns for o in policy.seen] == [k * PERIOD_NS for k in range(5)]
     joints = policy.seen[0].state["arm_joints"]
     np.testing.assert_array_equal(joints, in_servo_steps(joints))
+
+
+def test_goals_reach_the_world_in_whole_servo_steps(scene, monkeypatch):
+    goals, set_goal = [], scene.world.set_goal_rad
+    monkeypatch.setattr(scene.world, "set_goal_rad", lambda q: (goals.append(q.copy()), set_goal(q)))
+    run_episode(scene, ROBOT, stay(), SEED, replace(CONDITIONS, timeout_ns=300_000_000))
+    assert len(goals) == 30  # one per tick
+    np.testing.assert_allclose(np.array(goals) / RAD_PER_STEP, np.rint(np.array(goals) / RAD_PER_STEP), atol=1e-9)
+    assert np.ptp(goals, axis=0).max() > RAD_PER_STEP  # it does go somewhere: home has noise that the policy takes out
 
 
 def test_the_blank_control_blanks_every_frame(scene):

@@ -42,7 +42,8 @@ def git(folder, *arguments):
     return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-def test_outside_a_checkout_there_is_no_commit(checkout):
+@pytest.mark.usefixtures("checkout")
+def test_outside_a_checkout_there_is_no_commit():
     assert provenance.git_commit() is None
 
 
