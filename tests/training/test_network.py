@@ -1,5 +1,7 @@
 """The network against the recorded cases, and the mistakes each of them must catch."""
 
+import copy
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,23 +42,28 @@ class Case:
         return torch.from_numpy(self.arrays[name])
 
 
-def open_case(entry: Mapping[str, str]) -> Case:
+@functools.cache
+def named_case(stem: str) -> Case:
+    """The case whose file name contains `stem`; read once."""
+    entry = next(entry for entry in CASES if stem in entry["file"])
     path = GOLDEN / entry["file"]
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return Case(dict(np.load(path)), about, GOLDEN / entry["checkpoint"])
 
 
-@pytest.fixture(params=CASES, ids=lambda entry: Path(entry["file"]).stem)
+@pytest.fixture(params=[Path(entry["file"]).stem for entry in CASES])
 def case(request: pytest.FixtureRequest) -> Case:
-    return open_case(request.param)
+    return named_case(request.param)
 
 
-def named_case(stem: str) -> Case:
-    return open_case(next(entry for entry in CASES if stem in entry["file"]))
+@functools.cache
+def load_once(folder: Path) -> Policy:
+    return load_checkpoint(folder, rope=PARITY_ROPE)
 
 
 def load_policy(case: Case) -> Policy:
-    return load_checkpoint(case.checkpoint, rope=PARITY_ROPE)
+    """A copy, so that a test may hang hooks on it."""
+    return copy.deepcopy(load_once(case.checkpoint))
 
 
 def with_config(policy: Policy, change: Callable[[PolicyConfig], PolicyConfig]) -> Policy:
