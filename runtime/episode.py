@@ -38,7 +38,7 @@ class Conditions:
     """How an episode is run. shown: AS_SEEN, BLANK or OTHER. latency_ns: observation to published chunk."""
 
     instruction: str
-    latency_ns: int = 60_000_000
+    latency_ns: int = 60_000_000  # p50 of a run with a small bundle, docs/decisions/0014
     timeout_ns: int = 12_000_000_000
     shown: str = AS_SEEN
 
@@ -47,7 +47,7 @@ class Conditions:
 class Outcome:
     """What came of one seed. success_s: when the cube had been up long enough, None when it never was.
 
-    highest_m: of the cube. delays: rows of the old chunk that ran after an observation -> chunks.
+    highest_m: of the cube. delays: rows of the old chunk that ran after an observation (or LATE) -> chunks.
     """
 
     seed: int

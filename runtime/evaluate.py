@@ -25,6 +25,7 @@ from onbeat.runtime.policy import load_policy
 from onbeat.runtime.robots import Robot, load_robot
 from onbeat.runtime.run import DEFAULT_BUNDLE, DEFAULT_INSTRUCTION
 from onbeat.runtime.scheduler import Policy
+from onbeat.runtime.timeline import LATE
 
 FIRST_SEED = 100_000  # training uses seeds below
 RANDOM_WEIGHTS = "random-weights"
@@ -231,7 +232,7 @@ def _rate_row(evaluation: Evaluation) -> tuple[str, ...]:
         f"{evaluation.successes} of {len(evaluation.outcomes)}",
         f"{100 * evaluation.rate:.0f}",
         f"{100 * low:.0f}-{100 * high:.0f}",
-        ", ".join(f"{delay}: {count}" for delay, count in sorted(delays.items())) or "-",
+        ", ".join(f"{'late' if rows == LATE else rows}: {count}" for rows, count in sorted(delays.items())) or "-",
     )
 
 
@@ -248,15 +249,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--instruction", default=given.instruction, help="what the policy is asked to do")
     add("--seeds", type=_positive, default=50, help="how many worlds to try")
     add("--first-seed", type=int, default=FIRST_SEED, help="the first; training uses lower ones")
-    add(
-        "--timeout-s", type=float, default=given.timeout_ns / 1e9, help="simulated seconds after which a try has failed"
-    )
-    add("--latency-ms", type=float, default=given.latency_ns / 1e6, help="simulated: observation to published chunk")
+    add("--timeout-s", type=_not_negative, default=given.timeout_ns / 1e9, help="simulated: then a try has failed")
+    add("--latency-ms", type=_not_negative, default=given.latency_ns / 1e6, help="simulated: observation to chunk")
     add("--control", choices=(*CONTROLS, "all"), default="none", help="also run with this taken away")
     add("--workers", type=_positive, default=2, help="processes that run seeds side by side")
     add("--json", action="store_true", help="print JSON for scripts")
     add("--out", type=Path, help="write the JSON there too")
     return parser
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a time")
+    return value
 
 
 def _positive(text: str) -> int:

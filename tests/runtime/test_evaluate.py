@@ -16,6 +16,7 @@ from onbeat.runtime.episode import BLANK, OTHER, Conditions, Episode, Outcome, S
 from onbeat.runtime.evaluate import CONTROLS, Evaluation, as_json, as_text, evaluate
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import load_robot, state_values
+from onbeat.runtime.timeline import LATE
 
 pytest.importorskip("mujoco")
 
@@ -104,6 +105,14 @@ def test_the_executed_delay_follows_the_latency(scene, latency_ms, first_row):
     conditions = replace(CONDITIONS, latency_ns=latency_ms * 1_000_000, timeout_ns=1_500_000_000)
     delays = dict(run_episode(scene, ROBOT, stay(), SEED, conditions).delays)
     assert max(delays, key=delays.get) == first_row, delays
+
+
+def test_chunks_that_come_after_their_last_row_are_late_and_never_run(scene):
+    conditions = replace(CONDITIONS, latency_ns=CHUNK * PERIOD_NS, timeout_ns=2_600_000_000)
+    outcome = run_episode(scene, ROBOT, stay(), SEED, conditions)
+    assert (outcome.chunks, outcome.held_ticks) == (0, 259)  # the first tick starts and does not hold
+    assert dict(outcome.delays) == {LATE: 2}
+    assert "late: 2" in as_text([Evaluation("none", conditions, (outcome,))])
 
 
 def test_inference_waits_for_the_rows_that_are_to_be_executed(scene):
@@ -236,7 +245,10 @@ def test_command_runs_the_policy_and_the_asked_controls(monkeypatch, capsys, tmp
     assert json.loads((tmp_path / "deep" / "e.json").read_text()) == printed
 
 
-@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--workers", "-1"], ["--control", "luck"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--seeds", "0"], ["--workers", "-1"], ["--control", "luck"], ["--latency-ms", "-1"], ["--timeout-s", "nan"]],
+)
 def test_wrong_usage_exits_2(wrong):
     with pytest.raises(SystemExit) as leaving:
         command.main(wrong)
