@@ -1,6 +1,7 @@
 """A tiny task that any network can learn: synthetic demonstrations of an SO-101 whose arm goes to a coloured dot."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,20 @@ IMAGE_SIZE, STEPS, JOINTS = 28, 20, 6
 
 
 @pytest.fixture(scope="session")
+def demonstrate() -> Callable[[int], Demonstration]:
+    """Makes the demonstration of a seed: 20 steps, frames of 28 x 28 pixels."""
+    return synthetic_demonstration
+
+
+@pytest.fixture(scope="session")
+def write_folder() -> Callable[[Path, list[Demonstration]], None]:
+    """Writes demonstrations into a folder, as the collector leaves them."""
+    return write_demonstrations
+
+
+@pytest.fixture(scope="session")
 def demonstrations(tmp_path_factory) -> Path:
-    """A folder of six demonstrations in the collector's format."""
+    """A folder of six demonstrations."""
     folder = tmp_path_factory.mktemp("demonstrations")
     write_demonstrations(folder, [synthetic_demonstration(seed) for seed in range(6)])
     return folder

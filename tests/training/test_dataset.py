@@ -18,9 +18,9 @@ from onbeat.training.dataset import (
     split_recordings,
 )
 from onbeat.training.train import Prepared, prepare
-from tests.training.conftest import IMAGE_SIZE, STEPS, synthetic_demonstration, write_demonstrations
 
 ROBOT = load_embodiment("so101")
+IMAGE_SIZE, STEPS = 28, 20  # of the synthetic demonstrations
 
 
 @pytest.fixture
@@ -35,59 +35,61 @@ def test_a_folder_without_demonstrations_is_refused(folder: str, tmp_path: Path)
         read_recordings(tmp_path / folder, ROBOT, IMAGE_SIZE)
 
 
-def test_an_index_of_no_files_is_refused(tmp_path: Path) -> None:
-    write_demonstrations(tmp_path, [])
+def test_an_index_of_no_files_is_refused(tmp_path: Path, write_folder) -> None:
+    write_folder(tmp_path, [])
     with pytest.raises(DatasetError, match="no demonstration"):
         read_recordings(tmp_path, ROBOT, IMAGE_SIZE)
 
 
 @pytest.mark.parametrize("name", ["state_rad", "action_rad", "cube_m"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_number_that_is_not_finite_is_named_by_file_and_step(name: str, value: float, tmp_path: Path) -> None:
-    demonstration = synthetic_demonstration(0)
+def test_a_number_that_is_not_finite_is_named_by_file_and_step(
+    name: str, value: float, tmp_path: Path, demonstrate, write_folder
+) -> None:
+    demonstration = demonstrate(0)
     getattr(demonstration, name)[7, 1] = value
-    write_demonstrations(tmp_path, [demonstration])
+    write_folder(tmp_path, [demonstration])
     with pytest.raises(DatasetError, match=rf"lift_000000_0.npz: {name} is not finite at step 7"):
         read_recordings(tmp_path, ROBOT, IMAGE_SIZE)
 
 
 @pytest.mark.parametrize("name", ["state_rad", "action_rad"])
-def test_a_robot_of_another_width_is_refused(name: str) -> None:
-    demonstration = synthetic_demonstration(0)
+def test_a_robot_of_another_width_is_refused(name: str, demonstrate) -> None:
+    demonstration = demonstrate(0)
     narrow = replace(demonstration, **{name: getattr(demonstration, name)[:, :5]})
     with pytest.raises(DatasetError, match=f"here: {name} is .* not 6 wide"):
         check_demonstration(narrow, Path("here"), ROBOT, IMAGE_SIZE)
 
 
 @pytest.mark.parametrize("frames", [np.zeros((STEPS, 1, 28, 28, 3), np.uint8), np.zeros((STEPS, 2, 28, 28, 3))])
-def test_frames_of_another_kind_are_refused(frames) -> None:
+def test_frames_of_another_kind_are_refused(frames, demonstrate) -> None:
     with pytest.raises(DatasetError, match="here: frames are"):
-        check_demonstration(replace(synthetic_demonstration(0), frames=frames), Path("here"), ROBOT, IMAGE_SIZE)
+        check_demonstration(replace(demonstrate(0), frames=frames), Path("here"), ROBOT, IMAGE_SIZE)
 
 
-def test_frames_of_another_size_are_refused() -> None:
+def test_frames_of_another_size_are_refused(demonstrate) -> None:
     with pytest.raises(DatasetError, match="collect them at image_size"):
-        check_demonstration(synthetic_demonstration(0), Path("here"), ROBOT, IMAGE_SIZE * 2)
+        check_demonstration(demonstrate(0), Path("here"), ROBOT, IMAGE_SIZE * 2)
 
 
-def test_the_split_keeps_demonstrations_whole_and_apart() -> None:
-    demonstrations = [synthetic_demonstration(seed) for seed in range(10)]
+def test_the_split_keeps_demonstrations_whole_and_apart(demonstrate) -> None:
+    demonstrations = [demonstrate(seed) for seed in range(10)]
     fitted, held_out = split_recordings(demonstrations, 0.2, seed=5)
     assert len(held_out) == 2
     assert sorted(d.seed for d in fitted + held_out) == list(range(10))
     assert [d.seed for d in split_recordings(demonstrations, 0.2, seed=5)[1]] == [d.seed for d in held_out]
 
 
-def test_something_is_always_held_out_and_something_left() -> None:
-    two = [synthetic_demonstration(seed) for seed in range(2)]
+def test_something_is_always_held_out_and_something_left(demonstrate) -> None:
+    two = [demonstrate(seed) for seed in range(2)]
     assert [len(part) for part in split_recordings(two, 0.0, seed=0)] == [1, 1]
     assert [len(part) for part in split_recordings(two, 0.99, seed=0)] == [1, 1]
     with pytest.raises(DatasetError, match="at least two"):
         split_recordings(two[:1], 0.5, seed=0)
 
 
-def test_statistics_are_those_of_the_numbers() -> None:
-    demonstrations = [synthetic_demonstration(seed) for seed in range(3)]
+def test_statistics_are_those_of_the_numbers(demonstrate) -> None:
+    demonstrations = [demonstrate(seed) for seed in range(3)]
     statistics = measure_statistics(demonstrations, ROBOT, "tiny")
     actions = np.concatenate([d.action_rad for d in demonstrations])
     assert statistics.action["arm_joints"]["max"] == pytest.approx(actions[:, :5].max(axis=0))
