@@ -28,7 +28,7 @@ NONE = np.zeros((0, 0), np.float32)
 SPEC = PolicySpec(2, 56, 4, CHUNK, 8, 0, SamplerSpec(1, 1, "off", 0.0, 1.0, 1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Replay:
     """A policy that knows the goals (T, J) in advance, one per policy period, and gives them out in chunks."""
 
