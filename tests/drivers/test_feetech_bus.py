@@ -140,10 +140,14 @@ def test_a_late_reply_is_never_taken_for_the_next(far, joints, state) -> None:
 
 
 def test_a_reply_that_comes_while_the_line_settles_is_drained(far, joints, state) -> None:
-    with FeetechBus(far.port, joints, BusSettings(timeout_ms=150.0, settle_ms=300.0, retries=1)) as bus:
-        far.spoil.append(late(250.0))
+    def late_and_then_moved(answer: Answer) -> Answer:
         far.bank.sense(np.full(6, 0.25), np.zeros(6), np.zeros(6), 0)
+        return late(250.0)(answer)
+
+    with FeetechBus(far.port, joints, BusSettings(timeout_ms=150.0, settle_ms=300.0, retries=1)) as bus:
+        far.spoil.append(late_and_then_moved)
         bus.read(state)
+        np.testing.assert_allclose(state.position_rad, 0.25, atol=1e-3)
         assert bus.faults()["no_reply"] == 1
         assert bus.faults()["late_reply"] == 0
 

@@ -99,16 +99,17 @@ while True:
 def test_no_torn_frame_from_a_fast_writer() -> None:
     with subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER]) as writer:
         try:
-            reader, values = wait_for_ring(), []
-            for _ in range(3000):
+            reader, values = wait_for_ring(), set()
+            give_up = time.monotonic() + 30
+            while len(values) < 50 and time.monotonic() < give_up:
                 taken = reader.latest()
                 if taken is not None:
-                    values.append(taken.t_ns)
+                    values.add(taken.t_ns)
                     assert (taken.payload == taken.t_ns).all()
         finally:
             writer.kill()
             (SHARED_MEMORY / NAME).unlink(missing_ok=True)
-    assert len(set(values)) > 20
+    assert len(values) == 50
 
 
 def wait_for_ring() -> RingReader:
