@@ -6,9 +6,9 @@ only if
 
     dt * (u + (u - h) + (u - 2h) + ...) <= gap,    for n = floor(u / h):    dt * ((n+1) u - h n (n+1) / 2) <= gap.
 
-`approach_speed` is the largest such u. Keeping below it towards both ends of the range, at every step, is what makes
-the position limit reachable without breaking the acceleration limit; keeping below it towards the target is what ends
-there without overshoot. docs/decisions/0012 has the argument and the figures.
+`approach_speed` is the largest such u. Keeping below it towards the target, at every step, is what ends there without
+overshoot; and as every target is first cut to the position range, it is also what leaves room to stop inside the range,
+whatever target comes next: docs/decisions/0012 has the argument and the figures.
 """
 
 import math
@@ -38,10 +38,8 @@ def limit_reference(
     goal = np.clip(target, q_min, q_max)
     h = a_max * dt
     wanted = np.where(held, 0.0, (goal - q) / dt)
-    braked = np.sign(wanted) * [approach_speed_reference(abs(w) * dt, s, dt) for w, s in zip(wanted, h, strict=True)]
-    above = [approach_speed_reference(gap, s, dt) for gap, s in zip(q_max - q, h, strict=True)]
-    below = [approach_speed_reference(gap, s, dt) for gap, s in zip(q - q_min, h, strict=True)]
-    allowed = np.clip(braked, -np.minimum(v_max, below), np.minimum(v_max, above))
+    approach = [approach_speed_reference(abs(w) * dt, s, dt) for w, s in zip(wanted, h, strict=True)]
+    allowed = np.sign(wanted) * np.minimum(approach, v_max)
     reached = q + np.clip(allowed, v - h, v + h) * dt
     q_next = np.clip(reached, np.minimum(q, q_min), np.maximum(q, q_max))
     v_next = (q_next - q) / dt
@@ -88,9 +86,7 @@ def _limit_joint(q, v, target, q_min, q_max, v_max, a_max, dt):
     if not math.isnan(target):
         goal = min(max(target, q_min), q_max)
         wanted, flags = (goal - q) / dt, (POSITION if goal != target else 0)
-    braked = math.copysign(approach_speed(abs(wanted) * dt, h, dt), wanted)
-    allowed = min(braked, v_max, approach_speed(q_max - q, h, dt))
-    allowed = max(allowed, -v_max, -approach_speed(q - q_min, h, dt))
+    allowed = math.copysign(min(approach_speed(abs(wanted) * dt, h, dt), v_max), wanted)
     reached = q + min(max(allowed, v - h), v + h) * dt
     q_next = min(max(reached, min(q, q_min)), max(q, q_max))
     v_next = (q_next - q) / dt

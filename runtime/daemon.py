@@ -2,7 +2,7 @@
 
     python -m onbeat.runtime.daemon < config.json
 
-Reads a `DaemonConfig` as JSON on stdin and tells what happens as lines of JSON on stdout (`Event`); ends on SIGTERM or
+Reads a `DaemonConfig` as JSON on stdin and tells what happens as lines of JSON on stdout; ends on SIGTERM or
 SIGINT with the arm at rest. Three threads: the loop, the inference, and this one, which waits and reports.
 """
 
@@ -26,7 +26,13 @@ from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime import record
-from onbeat.runtime.loop import ControlLoop, ExchangingActuators, StateHistory, prepare_real_time
+from onbeat.runtime.loop import (
+    ControlLoop,
+    ExchangingActuators,
+    StateHistory,
+    prepare_lock_holder,
+    prepare_real_time,
+)
 from onbeat.runtime.policy import load_policy
 from onbeat.runtime.record import ChunkLog, TickLog
 from onbeat.runtime.robots import RELAX, Robot, as_json, build_robot, from_json
@@ -131,11 +137,12 @@ class Session:
             raise self.failure.error
 
     def _run_loop(self) -> None:
-        self.real_time = prepare_real_time()
+        self.real_time |= prepare_real_time()
         self.loop.read_first()
         self.loop.run(self.stop)
 
     def _run_inference(self) -> None:
+        self.real_time["inference SCHED_RR"] = prepare_lock_holder()
         self.scheduler.run(self.stop)
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
@@ -205,6 +212,7 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
         bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
         session = Session(robot, policy, bus, cameras, config.instruction, config.seconds, say, stop)
         say({"event": "opened", "joints": robot.joints, "cameras": list(robot.config.cameras)})
+        session.real_time["status SCHED_RR"] = prepare_lock_holder()
         try:
             session.run()
         finally:
@@ -265,7 +273,8 @@ def main() -> int:
         drive(DaemonConfig.from_json(sys.stdin.read()), stop, say_on_stdout)
     except Exception as error:
         is_known = isinstance(error, OnbeatError)
-        say_on_stdout({"event": "error", "text": str(error) if is_known else f"{type(error).__name__}: {error}"})
+        text = str(error) if is_known else f"{type(error).__name__}: {error}"
+        say_on_stdout({"event": "error", "text": text, "is_known": is_known})
         if not is_known:
             raise
         return 1

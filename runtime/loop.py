@@ -30,6 +30,7 @@ SPIN_NS = 150_000  # before a deadline the loop spins: sleep overshoots by 60 to
 MAX_FAULTY_TICKS = 5  # in a row, each after the bus driver's own retries: 0.3 s without an answer
 REST_LIMIT_NS = 2_000_000_000  # to come to rest; braking from 3 rad/s at 20 rad/s^2 takes 150 ms
 FIFO_PRIORITY = 50
+LOCK_HOLDER_PRIORITY = 1  # below the loop and above every ordinary thread
 SWITCH_INTERVAL_S = 0.0005
 
 
@@ -184,6 +185,16 @@ def prepare_real_time() -> dict[str, str]:
     return {"gc off": "got", "switch interval": "got", **{name: _ask(measure) for name, measure in measures.items()}}
 
 
+def prepare_lock_holder() -> str:
+    """Run the calling thread before ordinary ones: "got" or "not got: why".
+
+    For every other thread of the loop's process: one that is set aside by the kernel while it has the interpreter's
+    lock makes the loop wait for as long, whatever the loop's own priority is (docs/decisions/0013). Not needed any
+    more once the loop runs without that lock.
+    """
+    return _ask(lambda: _schedule(os.SCHED_RR, LOCK_HOLDER_PRIORITY))
+
+
 def _ask(measure: Callable[[], None]) -> str:
     try:
         measure()
@@ -193,8 +204,12 @@ def _ask(measure: Callable[[], None]) -> str:
 
 
 def _run_first() -> None:
-    """Before every ordinary thread; threads and processes started from this one do not inherit it."""
-    os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(FIFO_PRIORITY))
+    _schedule(os.SCHED_FIFO, FIFO_PRIORITY)
+
+
+def _schedule(policy: int, priority: int) -> None:
+    """For the calling thread; threads and processes started from it do not inherit it."""
+    os.sched_setscheduler(0, policy | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
 
 
 def _stay_on_one_processor() -> None:

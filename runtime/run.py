@@ -81,11 +81,18 @@ def run(options: RunOptions) -> int:
     with interrupts_raise(), devices(robot.config, options, folder) as config:
         failure = supervise(daemon_config(config, options, folder), folder, screen)
     if (folder / RUN_FILE).exists():
-        report = write_report(folder)
-        print(json.dumps(report) if options.is_json else f"\n{as_text(report)}\n\n{folder / PAGE_FILE}")
+        show_report(write_report(folder), folder, is_json=options.is_json)
     if failure is not None:
-        raise DaemonFailed(f"{failure} (log: {folder / LOG_FILE})")
+        raise DaemonFailed(failure)
     return 0
+
+
+def show_report(report: Mapping[str, Any], folder: Path, *, is_json: bool) -> None:
+    """Print the end of a run; of one in which nothing moved there is nothing to print but JSON."""
+    if is_json:
+        print(json.dumps(report))
+    elif report["ticks"]:
+        print(f"\n{as_text(report)}\n\n{folder / PAGE_FILE}")
 
 
 def check(options: RunOptions) -> Robot:
@@ -159,11 +166,11 @@ def supervise(config: DaemonConfig, folder: Path, screen: TextIO) -> str | None:
             if event["event"] == "status":
                 live.show(event)
             elif event["event"] == "error":
-                failure = event["text"]
+                failure = event["text"] if event["is_known"] else f"{event['text']}: read {folder / LOG_FILE}"
         live.end()
         code = daemon.wait(END_S)
     if code and failure is None:
-        failure = f"the daemon ended with exit code {code}: read its log"
+        failure = f"the daemon ended with exit code {code}: read {folder / LOG_FILE}"
     return failure
 
 

@@ -113,9 +113,12 @@ class TestSeam:
 
 
 @settings(max_examples=200, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), latencies=st.lists(st.integers(1, 900), min_size=2, max_size=8))
+@given(seed=st.integers(0, 2**32 - 1), latencies=st.lists(st.integers(1, 600), min_size=2, max_size=8))
 def test_a_target_never_jumps_while_chunks_follow_each_other(seed: int, latencies: list[int]):
-    """Row-to-row steps are at most 2 here, so over 1 ms a continuous path moves at most 2 / 100."""
+    """Row-to-row steps are at most 2 here, so over 1 ms a continuous path moves at most 2 / 100.
+
+    Up to 600 ms the chunk before always has rows left: where it has none, the new one starts with a step.
+    """
     rng, timeline, now_ns = np.random.default_rng(seed), new_timeline(rows=16, joints=1), 0
     path: list[float] = []
     for latency_ms in latencies:
