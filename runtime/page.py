@@ -99,9 +99,10 @@ def _task(report: Report, run: RunRecords) -> str:
     axes = _wide_axes(report, (0.0, max(6.0, float(height_cm.max(initial=0.0)) * 1.08)))
     drawing = chart.svg(
         axes,
-        *(_attempt(axes, run, attempt) for attempt in truth.attempts),
+        *(_shade(axes, run, attempt) for attempt in truth.attempts),
         chart.grid(axes, x_label="time, s", y_label="cube height, cm", x_ticks=10),
         chart.line(axes, times.tolist(), height_cm.tolist(), "pen a"),
+        *(_success(axes, run, attempt) for attempt in truth.attempts),
         title="height of the cube over time, attempts shaded",
     )
     words = "Judged in the simulated world, which the policy cannot see. A line marks a success, and after how long."
@@ -109,13 +110,17 @@ def _task(report: Report, run: RunRecords) -> str:
     return _section("The task", words, key, f'<div class="wide">{drawing}</div>')
 
 
-def _attempt(axes: chart.Axes, run: RunRecords, attempt: Attempt) -> str:
+def _shade(axes: chart.Axes, run: RunRecords, attempt: Attempt) -> str:
     start, end = _seconds(run, attempt.start_ns), _seconds(run, attempt.end_ns)
+    css, verdict = ("ink lost", "no success") if attempt.success_ns is None else ("ink won", "success")
+    return chart.block(axes, (start, end), axes.y_range, css, f"{start:.1f}-{end:.1f} s: {verdict}")
+
+
+def _success(axes: chart.Axes, run: RunRecords, attempt: Attempt) -> str:
     if attempt.success_ns is None:
-        return chart.block(axes, (start, end), axes.y_range, "ink lost", f"{start:.1f}-{end:.1f} s: no success")
-    shade = chart.block(axes, (start, end), axes.y_range, "ink won", f"{start:.1f}-{end:.1f} s: success")
+        return ""
     took_s = (attempt.success_ns - attempt.start_ns) / 1e9
-    return shade + chart.marker(axes, _seconds(run, attempt.success_ns), "pen good", f"{took_s:.1f} s")
+    return chart.marker(axes, _seconds(run, attempt.success_ns), "pen good", f"{took_s:.1f} s")
 
 
 def _seconds(run: RunRecords, t_ns: Any) -> Any:

@@ -106,8 +106,11 @@ def _loop(run: RunRecords) -> dict[str, Any]:
 
 
 def _missed_on_the_wire(run: RunRecords) -> int | None:
-    period_ns = round(1e9 / run.header["rate_hz_wanted"])
-    return None if run.truth is None else missed_goals(run.truth.goals_ns, period_ns)
+    start_ns = run.ticks.start_ns
+    if run.truth is None or len(start_ns) == 0:
+        return None
+    goals_ns = run.truth.goals_ns  # the first is older than the loop: torque comes on with a goal where the arm is
+    return missed_goals(goals_ns[goals_ns >= start_ns[0]], round(1e9 / run.header["rate_hz_wanted"]))
 
 
 def missed_goals(goals_ns: NDArray[np.int64], period_ns: int) -> int:

@@ -62,7 +62,7 @@ def small_run(ticks: int = 400) -> RunRecords:
                 Attempt(ZERO_NS, ZERO_NS + 2 * S, ZERO_NS + 2 * S),
                 Attempt(ZERO_NS + 2 * S, ZERO_NS + 3 * S, None),
             ),
-            goals_ns=np.delete(due, [10, 11, 200]),
+            goals_ns=np.concatenate(([ZERO_NS - 200 * MS], np.delete(due + 2 * MS, [10, 11, 200]))),
         ),
         pictures={"top": PNG, "wrist": b"\xff\xd8\xff0000"},
     )
