@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import torch
 
-from onbeat import __version__
+import onbeat
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.export.digest import digest_checkpoint
 from onbeat.export.graphs import FLOW_FILE, PREFIX_FILE, write_graphs
@@ -130,7 +130,7 @@ def _describe_value(value: onnx.ValueInfoProto) -> list[Any]:
 
 def _versions() -> dict[str, str]:
     return {
-        "onbeat": __version__,
+        "onbeat": onbeat.__version__,
         "torch": torch.__version__,
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime.__version__,

@@ -103,7 +103,7 @@ class OnnxEngine:
                 f"the graphs were made for {self._layout}: export the bundle again"
             )
         if inputs.token_ids.ndim != 1 or len(inputs.token_ids) <= inputs.state_index:
-            raise InputError(f"token_ids has shape {inputs.token_ids.shape}: give the whole prefix, the state's included")
+            raise InputError(f"token_ids has shape {inputs.token_ids.shape}: give the whole prefix, state included")
 
     def _bind(self, tokens: int) -> tuple[BoundSession, BoundSession]:
         """Sessions bound to buffers for `tokens` prefix tokens; the prefix's outputs are the flow's inputs."""

@@ -62,8 +62,9 @@ def build_policy(config: PolicyConfig, tensors: Mapping[str, Tensor]) -> Policy:
     """A policy that owns `tensors` (published names). Raises CheckpointError on a missing, extra or misshapen one."""
     with torch.device("meta"):
         policy = Policy(config)
-    published = {publish_name(name): name for name in policy.state_dict()}
-    expected = {theirs: policy.state_dict()[ours] for theirs, ours in published.items()}
+    state = policy.state_dict()
+    published = {publish_name(name): name for name in state}
+    expected = {theirs: state[ours] for theirs, ours in published.items()}
     problems = list(_differences(_shapes(expected), _shapes(tensors)))
     if problems:
         raise CheckpointError(
