@@ -3,18 +3,23 @@
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from onbeat.embodiment.metadata import save_statistics
 from onbeat.embodiment.schema import load_embodiment
 from onbeat.runtime.language import PolicyLanguage
+from onbeat.training.checkpoint import WEIGHTS_FILE, CheckpointError
 from onbeat.training.config import save_config
 from onbeat.training.dataset import (
     Steps,
@@ -49,15 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     recipe = load_recipe(options.recipe)
     torch.set_num_threads(recipe.fitting.threads)
-    prepared = prepare(recipe, options.data, options.out)
+    if not options.resume and not options.dry_run:
+        _refuse_to_overwrite(options.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare(recipe, options.data, Path(scratch) if options.dry_run else options.out)
     fit = start_fit(recipe, prepared)
     if options.resume:
         fit.resume(options.out)
     _print_plan(fit, prepared)
     if not options.dry_run:
-        run(fit, prepared.held_out, options.out)
+        run(fit, prepared, options.out)
     if options.json:
-        print(json.dumps({"recipe": recipe.describe(), "step": fit.step, **fit.validate(prepared.held_out)}))
+        print(json.dumps({"recipe": recipe.describe(), "step": fit.step, **measure_fit(fit, prepared)}))
     return 0
 
 
@@ -94,7 +102,7 @@ def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
     return Fit(recipe, policy, prepared.data, prompt, prepared.slots)
 
 
-def run(fit: Fit, held_out: Steps, out: Path) -> None:
+def run(fit: Fit, prepared: Prepared, out: Path) -> None:
     """Take the remaining steps; validate and write the checkpoint every `report_steps` and at the end."""
     fitting, recent, began = fit.fitting, Recent(), time.monotonic()
     with tqdm(total=fitting.steps, initial=fit.step, unit="step", smoothing=0.05) as progress:
@@ -103,10 +111,31 @@ def run(fit: Fit, held_out: Steps, out: Path) -> None:
             progress.update()
             if fit.step % fitting.report_steps == 0 or fit.step == fitting.steps:
                 row = {"step": fit.step, "elapsed_s": round(time.monotonic() - began, 1), **recent.take()}
-                row |= {f"held_out_{name}": value for name, value in fit.validate(held_out).items()}
+                row |= {f"held_out_{name}": value for name, value in measure_fit(fit, prepared).items()}
                 fit.save(out)
                 append_history(out / HISTORY_FILE, row)
                 progress.write(_line(row), file=sys.stderr)
+
+
+def measure_fit(fit: Fit, prepared: Prepared) -> dict[str, float]:
+    """Losses on the held-out demonstrations, and the sampled chunks' mean absolute error per action key.
+
+    The errors are in the robot's units (rad for joints), over whole chunks and over their first halves.
+    """
+    validation = fit.validate(prepared.held_out)
+    sampled, recorded = (_decode(chunks, prepared.language) for chunks in (validation.sampled, validation.recorded))
+    figures = {"flow": validation.flow, "place": validation.place}
+    for key, values in sampled.items():
+        error = np.abs(values - recorded[key])
+        figures |= {f"error_{key}": float(error.mean())}
+        figures |= {f"error_{key}_first_half": float(error[:, : error.shape[1] // 2].mean())}
+    return figures
+
+
+def _decode(chunks: Tensor, language: PolicyLanguage) -> dict[str, NDArray[Any]]:
+    """(B, C, A) as {key: (B, C, d)} in the robot's units."""
+    decoded = language.decode(chunks.flatten(0, 1).numpy())
+    return {key: values.reshape(*chunks.shape[:2], -1) for key, values in decoded.items()}
 
 
 class Recent:
@@ -123,6 +152,11 @@ class Recent:
         means = torch.tensor(self._rows).mean(0).tolist()
         self._rows = []
         return dict(zip(Losses._fields, means, strict=True))
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    if (out / WEIGHTS_FILE).exists():
+        raise CheckpointError(f"{out} holds a checkpoint already: go on from it with --resume, or give another --out")
 
 
 def append_history(path: Path, row: dict[str, float]) -> None:

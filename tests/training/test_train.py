@@ -15,7 +15,7 @@ from onbeat.training.checkpoint import load_checkpoint
 from onbeat.training.fit import Fit, ResumeError, jitter_colours
 from onbeat.training.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 from onbeat.training.torch_engine import build_engine, open_engine
-from onbeat.training.train import HISTORY_FILE, Prepared, prepare, run, start_fit
+from onbeat.training.train import HISTORY_FILE, Prepared, measure_fit, prepare, run, start_fit
 
 SHIPPED = Path(__file__).parents[2] / "training" / "configs" / "so101_lift.toml"
 
@@ -100,12 +100,13 @@ def test_it_learns_and_what_it_writes_is_what_it_learnt(tiny_recipe: Recipe, dem
     fitting = replace(tiny_recipe.fitting, steps=300, report_steps=150, jitter=0.0, ema_decay=0.98)
     recipe = replace(tiny_recipe, fitting=fitting)
     prepared = prepare(recipe, demonstrations, tmp_path)
-    fit = fit_of(recipe, prepared)
-    untrained = fit.validate(prepared.data)
-    run(fit, prepared.held_out, tmp_path)
-    trained = fit.validate(prepared.data)
+    fit, on_fitted = fit_of(recipe, prepared), replace(prepared, held_out=prepared.data)
+    untrained = measure_fit(fit, on_fitted)
+    run(fit, prepared, tmp_path)
+    trained = measure_fit(fit, on_fitted)
     assert trained["flow"] < 0.3 * untrained["flow"]
-    assert trained["error"] < 0.5 * untrained["error"]
+    assert trained["error_arm_joints"] < 0.5 * untrained["error_arm_joints"]
+    assert trained["error_gripper"] < 0.5 * untrained["error_gripper"]
     assert trained["place"] < 0.5 * untrained["place"]
     history = [json.loads(line) for line in (tmp_path / HISTORY_FILE).read_text().splitlines()]
     assert [row["step"] for row in history] == [150, 300]
@@ -141,12 +142,15 @@ def test_the_command_trains_resumes_and_tells(demonstrations: Path, tmp_path: Pa
     arguments = ["train", str(recipe), "--data", str(demonstrations), "--out", str(tmp_path / "out"), "--json"]
     assert onbeat([*arguments, "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 0
+    assert not (tmp_path / "out").exists()
     assert onbeat(arguments) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == 4
-    assert np.isfinite([told["flow"], told["error"]]).all()
+    assert np.isfinite([told["flow"], told["error_gripper"]]).all()
     assert onbeat([*arguments, "--resume"]) == 0
     assert json.loads(capsys.readouterr().out) == told
+    assert onbeat(arguments) == 1
+    assert "--resume" in capsys.readouterr().err
     assert open_engine(tmp_path / "out", views=2).spec.trained_delay == 0
 
 
