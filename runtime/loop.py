@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.drivers.feetech.errors import BusError, PortLost
+from onbeat.drivers.feetech.errors import BusError, PortLost, ServoFault
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.record import TickLog
@@ -144,7 +144,8 @@ class ControlLoop:
             self.status.faulty_ticks += 1
             self._faults_in_a_row += 1
             if self._faults_in_a_row >= MAX_FAULTY_TICKS:
-                raise LoopFault(f"the servo bus failed {MAX_FAULTY_TICKS} ticks in a row: {fault}") from fault
+                what = "a servo protects itself" if isinstance(fault, ServoFault) else "the servo bus failed"
+                raise LoopFault(f"{what}, {MAX_FAULTY_TICKS} ticks in a row: {fault}") from fault
 
     def _take_state(self) -> None:
         state, joints = self._state, self._joints

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from onbeat.drivers.feetech.errors import NoReply, PortLost
+from onbeat.drivers.feetech.errors import NoReply, PortLost, ServoOverload
 from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.runtime.loop import MAX_FAULTY_TICKS, ControlLoop, LoopFault, StateHistory, prepare_real_time, wait_until
 from onbeat.runtime.record import TickLog
@@ -68,6 +68,13 @@ class TestFaults:
         with pytest.raises(LoopFault, match=r"ticks in a row: servo 3 did not reply.*check its cable"):
             rig.loop.run(rig.stop)
         assert rig.loop.status.faulty_ticks == MAX_FAULTY_TICKS
+
+    def test_a_servo_that_protects_itself_is_named(self):
+        rig = Rig(20)
+        rig.loop.read_first()
+        rig.bus.exchange = broken(ServoOverload("servo 4 (wrist_flex) reports OVERLOAD"))
+        with pytest.raises(LoopFault, match=r"protects itself.*wrist_flex.*free the joint"):
+            rig.loop.run(rig.stop)
 
     def test_a_pulled_cable_stops_it_at_once(self):
         rig = Rig(20)
