@@ -95,7 +95,7 @@ def main() -> None:
             nodes = len(onnx.load(paths[name], load_external_data=False).graph.node)
             low, p10 = (1e3 * np.percentile(times[name], q) for q in (0, 10))
             print(
-                f"{name:<8} {seconds[name]:6.2f} CPU s, {nodes} nodes, off by {difference:.1e}, {low:.2f} / {p10:.2f} ms"
+                f"{name:<8} {seconds[name]:6.2f} CPU s, {nodes} nodes, off {difference:.1e}, {low:.2f} / {p10:.2f} ms"
             )
 
 
