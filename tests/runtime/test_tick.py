@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onbeat.kernels.limit import HELD, POSITION
-from onbeat.runtime.tick import REFUSED, STARTED, JointLimits, TickState, flag_names, new_tick_state, tick
+from onbeat.runtime.tick import (
+    REFUSED,
+    STARTED,
+    JointLimits,
+    TickState,
+    _is_safe,
+    flag_names,
+    new_tick_state,
+    tick,
+)
 from onbeat.runtime.timeline import EMPTY, publish
 
 TICK_NS = 10_000_000
@@ -65,6 +74,27 @@ class TestBadInput:
         commands = run(state, 20)
         assert (commands == [0.3, -0.2]).all()
         assert state.record["flags"][0] & HELD
+
+
+class TestLastCheck:
+    """On its own, for `limit` before it lets none of these through."""
+
+    @pytest.mark.parametrize(
+        ("before", "after", "is_safe"),
+        [
+            (0.99, 1.0, True),
+            (0.99, 1.001, False),
+            (-0.99, -1.001, False),
+            (1.2, 1.19, True),
+            (1.2, 1.201, False),
+            (0.0, 0.02, True),
+            (0.0, 0.0201, False),
+            (0.0, np.nan, False),
+            (np.nan, 1.5, True),
+        ],
+    )
+    def test_refuses_what_leaves_the_range_or_jumps(self, before: float, after: float, is_safe: bool):
+        assert _is_safe(np.full(2, after), np.full(2, before), LIMITS, 0.01) is is_safe
 
 
 class TestStart:
