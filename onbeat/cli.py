@@ -70,7 +70,6 @@ EXTRA_OF_PACKAGE = {
     "torch": "train",
     "safetensors": "train",
     "onnx": "export",
-    "onnxscript": "export",
     "mujoco": "sim",
     "pyrealsense2": "realsense",
     "tensorrt": "jetson",
