@@ -25,6 +25,7 @@ SCENE = Path(__file__).with_name("scene.xml")
 CUBE_SIDE_M = 0.025
 LIFT_HEIGHT_M = 0.05
 STALL_NM = 2.94  # STS3215 at 12 V
+LOAD_TIME_CONSTANT_S = 0.05  # a servo reports its mean drive, not the jolt of one goal step
 MAX_SPEED_RAD_S = 4.71  # the same without load: 45 turns per minute
 
 # Where the cube is put: a sector in front, round the axis of the shoulder pan, all of it within a top-down grasp.
@@ -67,6 +68,8 @@ class World:
         self._limits = self.model.jnt_range[: len(JOINTS)]
         self._step_ns = round(self.model.opt.timestep * 1e9)
         self._goal = np.zeros(len(JOINTS))
+        self._load = np.zeros(len(JOINTS))
+        self._load_gain = 1.0 - np.exp(-self.model.opt.timestep / LOAD_TIME_CONSTANT_S)
         self.reset(seed)
 
     @property
@@ -91,8 +94,8 @@ class World:
 
     @property
     def load(self) -> NDArray[np.float64]:
-        """Torque of each servo as a share of stall (6,), -1..1."""
-        return self.data.actuator_force / STALL_NM
+        """Torque of each servo as a share of stall (6,), -1..1, smoothed over LOAD_TIME_CONSTANT_S. A copy."""
+        return self._load.copy()
 
     def reset(self, seed: int, *, start: str = "home") -> None:
         """Put the arm at `start` ("home" with a little noise, "random": raised, gripper anywhere), the cube somewhere.
@@ -113,6 +116,7 @@ class World:
         self.data.qvel[: len(JOINTS)] = 0
         self._goal[:] = self.data.ctrl[:] = position
         mujoco.mj_forward(self.model, self.data)
+        self._load[:] = self.data.actuator_force / STALL_NM
 
     def place_cube(self, seed: int) -> None:
         """Put the cube at a random place and yaw on the table, at rest and clear of the jaws."""
@@ -141,6 +145,7 @@ class World:
         for _ in range(round(duration_ns / self._step_ns)):
             self._slew()
             mujoco.mj_step(self.model, self.data)
+            self._load += self._load_gain * (self.data.actuator_force / STALL_NM - self._load)
             self._steps += 1
 
     def render(self, view: str) -> NDArray[np.uint8]:
