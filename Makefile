@@ -28,12 +28,13 @@ evaluate: .venv/installed-test
 
 # From nothing to the bundle that ships, in about an hour: docs/decisions/0011-first-policy.md.
 train: .venv/installed-test
-	$(BIN)/python -m onbeat.training.demonstrations --episodes 480 --seed 1000 --workers 2 --out out/demonstrations
+	$(BIN)/python -m onbeat.training.demonstrations --episodes 960 --seed 1000 --workers 2 --out out/demonstrations
 	$(BIN)/onbeat train training/configs/so101_lift.toml --data out/demonstrations --out out/checkpoint
 	$(BIN)/onbeat export out/checkpoint out/so101-lift --embodiment so101
 
 .venv/bin/python: | system
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
 
 .venv/installed-run: setup.py .venv/bin/python
 	$(BIN)/pip install --quiet -e '.[sim]'

@@ -31,6 +31,7 @@ EXTRAS = {
         "basedpyright>=1.20",
         "scipy>=1.11",
         "feetech-servo-sdk>=1.0",
+        "psutil>=5.9",
         "build>=1",
     ],
 }
