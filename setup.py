@@ -33,6 +33,7 @@ EXTRAS = {
         "feetech-servo-sdk>=1.0",
         "psutil>=5.9",
         "build>=1",
+        "setuptools>=68",
     ],
 }
 
