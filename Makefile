@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Idle worker threads that spin cost more than they bring on small machines.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test fast check train evaluate clean system
+.PHONY: run test fast check train bundle evaluate clean system
 
 run: .venv/installed-run
 	$(BIN)/onbeat run $(RUN_ARGS)
@@ -31,6 +31,10 @@ train: .venv/installed-test
 	$(BIN)/python -m onbeat.training.demonstrations --episodes 960 --seed 1000 --workers 2 --out out/demonstrations
 	$(BIN)/onbeat train training/configs/so101_lift.toml --data out/demonstrations --out out/checkpoint
 	$(BIN)/onbeat export out/checkpoint out/so101-lift --embodiment so101
+
+# The shipped bundle from the shipped checkpoint.
+bundle: .venv/installed-test
+	$(BIN)/onbeat export checkpoints/so101-lift bundles/so101-lift --embodiment so101 --replace
 
 .venv/bin/python: | system
 	$(PYTHON) -m venv .venv
