@@ -25,7 +25,7 @@ from onbeat.runtime.policy import load_policy
 from onbeat.runtime.robots import Robot, load_robot
 from onbeat.runtime.run import DEFAULT_BUNDLE, DEFAULT_INSTRUCTION
 from onbeat.runtime.scheduler import Policy
-from onbeat.runtime.timeline import LATE
+from onbeat.runtime.timeline import EXPIRED
 
 FIRST_SEED = 100_000  # training uses seeds below
 RANDOM_WEIGHTS = "random-weights"
@@ -232,7 +232,7 @@ def _rate_row(evaluation: Evaluation) -> tuple[str, ...]:
         f"{evaluation.successes} of {len(evaluation.outcomes)}",
         f"{100 * evaluation.rate:.0f}",
         f"{100 * low:.0f}-{100 * high:.0f}",
-        ", ".join(f"{'late' if rows == LATE else rows}: {count}" for rows, count in sorted(delays.items())) or "-",
+        ", ".join(f"{'late' if rows == EXPIRED else rows}: {count}" for rows, count in sorted(delays.items())) or "-",
     )
 
 

@@ -24,12 +24,12 @@ from onbeat.drivers.interfaces import Camera, Frame
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.engine import PolicySpec
 from onbeat.runtime.language import PolicyLanguage
-from onbeat.runtime.loop import StateHistory
+from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.policy import PolicyOutput
 from onbeat.runtime.record import ChunkLog
 from onbeat.runtime.robots import Robot, action_values, joint_targets, joint_values, state_values
-from onbeat.runtime.timeline import EMPTY, LATE, Timeline, committed_target, publish
+from onbeat.runtime.timeline import EMPTY, EXPIRED, Timeline, committed_target, publish
 
 # C rows of a chunk, J joints, d rows of a prefix.
 
@@ -228,7 +228,7 @@ class Scheduler:
         self.status.inferences += 1
         self.status.last_inference_ns = published_ns - started_ns
         self._last_t0_ns = made.t0_ns
-        chunk_id = EMPTY if first_row == LATE else int(self._timeline.published[0]) - 1
+        chunk_id = EMPTY if first_row == EXPIRED else int(self._timeline.published[0]) - 1
         times = made.output.times
         self._log.append(
             made.targets,
@@ -257,7 +257,7 @@ class Scheduler:
             now_ns=now_ns,
             locked_rows=made.delay,
         )
-        self.status.late += first_row == LATE
+        self.status.late += first_row < 0
         self._last_seam_ns = made.t0_ns + max(first_row, 0) * period_ns
         return first_row
 

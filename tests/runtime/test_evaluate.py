@@ -16,7 +16,7 @@ from onbeat.runtime.episode import BLANK, OTHER, Conditions, Episode, Outcome, S
 from onbeat.runtime.evaluate import CONTROLS, Evaluation, as_json, as_text, evaluate
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import load_robot, state_values
-from onbeat.runtime.timeline import LATE
+from onbeat.runtime.timeline import EXPIRED
 
 pytest.importorskip("mujoco")
 
@@ -111,7 +111,7 @@ def test_chunks_that_come_after_their_last_row_are_late_and_never_run(scene):
     conditions = replace(CONDITIONS, latency_ns=CHUNK * PERIOD_NS, timeout_ns=2_600_000_000)
     outcome = run_episode(scene, ROBOT, stay(), SEED, conditions)
     assert (outcome.chunks, outcome.held_ticks) == (0, 259)  # the first tick starts and does not hold
-    assert dict(outcome.delays) == {LATE: 2}
+    assert dict(outcome.delays) == {EXPIRED: 2}
     assert "late: 2" in as_text([Evaluation("none", conditions, (outcome,))])
 
 
