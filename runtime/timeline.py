@@ -11,17 +11,17 @@ So the lookup is one rule, the newest chunk whose seam has come, and a seam cann
                    observation    `first_row`; the slot takes over one row earlier, where x is what the old says
 
 Nobody holds a lock. A slot is guarded by a sequence counter, so a reader in another thread never uses one that is
-half written; it is rewritten only when it holds the oldest chunk that is not in force. A chunk that must not run is
-refused whole, here, before any slot is touched.
+half written. What is rewritten is the oldest chunk that will not run any more; in a burst of more chunks than slots,
+the newest, which no other continues. A chunk that must not run is refused whole, here, before any slot is touched.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from onbeat.kernels.atomics import begin_read, begin_write, end_write, is_intact, load_acquire, store_release
+from onbeat.kernels.compiled import compiled
 from onbeat.kernels.interpolate import interpolate
 from onbeat.kernels.splice import splice
 
@@ -128,29 +128,26 @@ def refusals(timeline: Timeline) -> dict[str, int]:
     return {name: int(timeline.refused[-1 - reason]) for reason, name in REFUSALS.items()}
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def commit_chunk(timeline, targets, t0_ns, period_ns, now_ns, locked_rows, blend_rows):
     """The compiled `publish`. One thread calls it."""
     length = targets.shape[0]
-    slot = _free_slot(timeline, now_ns)
-    stored = timeline.targets[slot]
-    next_row = max(0, -((t0_ns - now_ns) // period_ns))
-    is_joined = _is_committed(timeline, t0_ns + next_row * period_ns)
-    first_row = next_row + 1 if is_joined else next_row
-    while is_joined and first_row < locked_rows and _is_committed(timeline, t0_ns + first_row * period_ns):
-        first_row += 1
-    reason = _why_not(timeline, targets, t0_ns, now_ns, first_row)
+    ran_until_ns = max(now_ns, load_acquire(timeline.progress_ns, 0))  # the publisher may be slower than the loop
+    next_row = max(0, -((t0_ns - ran_until_ns) // period_ns))
+    reason = _why_not(timeline, targets, t0_ns, now_ns, _first_row(timeline, t0_ns, period_ns, next_row, locked_rows))
     if reason != 0:
         timeline.refused[-1 - reason] += 1
         return reason
+    slot = _free_slot(timeline, ran_until_ns)
     begin_write(timeline.sequence[slot])
-    timeline.chunk_id[slot] = EMPTY
+    stored = timeline.targets[slot]
     for row in range(length):
         committed_target(timeline, t0_ns + row * period_ns, stored[row])
+    first_row = _first_row(timeline, t0_ns, period_ns, next_row, locked_rows)
     splice(stored[:length], targets, first_row, blend_rows if first_row > locked_rows else 0)
     timeline.t0_ns[slot], timeline.period_ns[slot] = t0_ns, period_ns
     timeline.length[slot], timeline.first_row[slot] = length, first_row
-    timeline.seam_ns[slot] = t0_ns + (first_row - 1 if is_joined else first_row) * period_ns
+    timeline.seam_ns[slot] = t0_ns + (first_row - 1 if first_row > next_row else first_row) * period_ns
     timeline.chunk_id[slot] = timeline.published[0]
     end_write(timeline.sequence[slot])
     timeline.newest_t0_ns[0] = t0_ns
@@ -158,7 +155,16 @@ def commit_chunk(timeline, targets, t0_ns, period_ns, now_ns, locked_rows, blend
     return first_row
 
 
-@njit(cache=True, nogil=True)
+@compiled
+def _first_row(timeline, t0_ns, period_ns, next_row, locked_rows):
+    """The first own row: behind the next to come and the locked ones, as far as anything is committed."""
+    row = next_row
+    while row < max(next_row + 1, locked_rows) and _is_committed(timeline, t0_ns + row * period_ns):
+        row += 1
+    return row
+
+
+@compiled
 def _why_not(timeline, targets, t0_ns, now_ns, first_row):
     """The reason to refuse a chunk, 0 for none."""
     if timeline.closed[0] != 0:
@@ -176,18 +182,22 @@ def _why_not(timeline, targets, t0_ns, now_ns, first_row):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _free_slot(timeline, now_ns):
-    """The slot of the oldest chunk that is not the one in force."""
+    """The slot of the oldest chunk that will not run any more; where every one still will, that of the newest."""
     in_force = find_slot(timeline, now_ns)
-    free = 0 if in_force != 0 else 1
+    running_id = EMPTY if in_force == EMPTY else timeline.chunk_id[in_force]
+    oldest = newest = 0
     for slot in range(timeline.chunk_id.shape[0]):
-        if slot != in_force and timeline.chunk_id[slot] < timeline.chunk_id[free]:
-            free = slot
-    return free
+        if timeline.chunk_id[slot] < timeline.chunk_id[oldest]:
+            oldest = slot
+        if timeline.chunk_id[slot] > timeline.chunk_id[newest]:
+            newest = slot
+    is_over = timeline.chunk_id[oldest] == EMPTY or timeline.chunk_id[oldest] < running_id
+    return oldest if is_over else newest
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _is_committed(timeline, at_ns):
     """Whether an action is due at `at_ns`, as of now."""
     slot = find_slot(timeline, at_ns)
@@ -196,7 +206,7 @@ def _is_committed(timeline, at_ns):
     return at_ns - timeline.t0_ns[slot] < timeline.length[slot] * timeline.period_ns[slot]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def find_slot(timeline, now_ns):
     """The slot of the newest chunk whose seam has come by `now_ns`, or EMPTY. A slot that is being written is none."""
     best, best_id = EMPTY, EMPTY
@@ -210,7 +220,7 @@ def find_slot(timeline, now_ns):
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def committed_target(timeline, at_ns, out):
     """Write what the robot is committed to at `at_ns` into `out` (J,) and return (chunk id, its t0_ns, row, fraction).
 
