@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.drivers.feetech.protocol import (
+from onbeat.drivers.feetech.packets import (
     OVERHEAD,
     RAD_PER_STEP,
     checksum,
