@@ -142,6 +142,11 @@ class FeetechBus:
         """The open port."""
         return self.wire.fd
 
+    @property
+    def servos(self) -> tuple[JointCalibration, ...]:
+        """Where each joint's servo is, in the order of `joints`."""
+        return tuple(self._calibration.values())
+
     def faults(self) -> dict[str, int]:
         """How often each fault occurred since the bus opened, retried ones included; "ok" counts good exchanges."""
         return {name: int(n) for name, n in zip(protocol.FAULT_NAMES, self.wire.counts, strict=True)}

@@ -1,7 +1,7 @@
 """Packets of the Feetech bus in plain Python: bytes <-> values, pure. The standard library is all that it needs.
 
-For everything that is not a tick: opening, registers, the twin's servos, the guardian; and the reference of the compiled
-codec in `protocol.py`. Angles are rad and steps are counted here and there and nowhere else.
+For everything that is not a tick: opening, registers, the twin's servos, the guardian; and the reference of the
+compiled codec in `protocol.py`. Angles are rad and steps are counted here and there and nowhere else.
 """
 
 import math
@@ -129,7 +129,7 @@ def reference_request(ids: list[int], address: int = STATE_ADDRESS, size: int = 
 
 
 def reference_state(data: bytes) -> tuple[int, int, float, int]:
-    """The bytes of one servo's state: position in steps, velocity in steps/s, load of full scale, temperature in degC."""
+    """One servo's state: position in steps, velocity in steps/s, load of full scale, temperature in degC."""
     position = decode_register("present_position", data[0:2])
     velocity = decode_register("present_velocity", data[2:4])
     load = decode_register("present_load", data[4:6]) / LOAD_FULL_SCALE
