@@ -11,16 +11,19 @@ again, against the newest observation: rows that were encoded against an older o
 Rotations are not added but composed, turns in the parent frame, as the published data has them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.embodiment.robot import ABSOLUTE, DELTA_PER_STEP, RELATIVE_TO_OBSERVATION, ActionKey, Embodiment
 from onbeat.embodiment.rotation import turn_between, turn_further
 
-Rows = NDArray[np.float64]
+Rows = NDArray[np.floating[Any]]
 
 
-def to_absolute(embodiment: Embodiment, rows: Rows, *, committed: Rows, observed: Rows) -> Rows:
+def to_absolute(embodiment: Embodiment, rows: Rows, *, committed: Rows, observed: Rows) -> NDArray[np.float64]:
     """The policy's rows (C, D) as absolute targets (C, D).
 
     committed: (D,), the absolute target one row before the first. observed: (D,), what the policy saw, in the forms of
@@ -29,13 +32,15 @@ def to_absolute(embodiment: Embodiment, rows: Rows, *, committed: Rows, observed
     return _by_key(embodiment, _absolute, rows, committed, observed)
 
 
-def from_absolute(embodiment: Embodiment, targets: Rows, *, committed: Rows, observed: Rows) -> Rows:
+def from_absolute(embodiment: Embodiment, targets: Rows, *, committed: Rows, observed: Rows) -> NDArray[np.float64]:
     """The inverse of `to_absolute`."""
     return _by_key(embodiment, _encoded, targets, committed, observed)
 
 
-def _by_key(embodiment, convert, rows, committed, observed):
-    out, stop = np.empty_like(rows, np.float64), 0
+def _by_key(
+    embodiment: Embodiment, convert: Callable[..., Rows], rows: Rows, committed: Rows, observed: Rows
+) -> NDArray[np.float64]:
+    out, stop = np.empty(rows.shape), 0
     for key in embodiment.action:
         start, stop = stop, stop + key.size
         own = slice(start, stop)

@@ -5,8 +5,9 @@ send rows as set-points; joining them by lines is the least that makes one polic
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from onbeat.kernels.compiled import compiled
 
 BEFORE_FIRST_ROW = -1
 
@@ -31,7 +32,7 @@ def interpolate_reference(
     return row, fraction
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def interpolate(targets, length, t0_ns, period_ns, now_ns, out):
     """The compiled variant of `interpolate_reference`; allocates nothing."""
     row = (now_ns - t0_ns) // period_ns

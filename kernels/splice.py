@@ -7,8 +7,9 @@ robot is committed to when row k of the new chunk is due, NaN once nothing is.
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from onbeat.kernels.compiled import compiled
 
 Rows = NDArray[np.float64]
 
@@ -30,7 +31,7 @@ def splice_reference(old: Rows, new: Rows, first_row: int, blend_rows: int) -> R
     return out
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def splice(old, new, first_row, blend_rows):
     """The compiled variant of `splice_reference`, in place: `old` becomes the sequence to execute."""
     length = new.shape[0]
@@ -44,7 +45,7 @@ def splice(old, new, first_row, blend_rows):
                 old[row, joint] = new[row, joint]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _rows_to_blend(old, first_row, most):
     for k in range(most):
         if np.isnan(old[first_row + k]).any():

@@ -55,21 +55,25 @@ def executed_steps(timeline: Timeline, t0_ns: int, period_ns: int, now_ns: int) 
     return max(0, (now_ns if progress_ns == NEVER else progress_ns) - t0_ns + period_ns) // period_ns
 
 
-def check_bound(delay: int, execute_steps: int, rows: int) -> str:
+def leaves_gap(delay: int, execute_steps: int, rows: int) -> bool:
+    """Whether a chunk ends before the next can take over: s > H - d. execute_steps: s as asked for, 0 for s = d."""
+    return max(execute_steps, delay) + delay > rows
+
+
+def bound_problem(delay: int, execute_steps: int, rows: int) -> str:
     """What is wrong with d, s and H, as a text with the figures; empty when d <= s <= H - d.
 
     execute_steps: s as asked for, 0 for as often as inference can, which is every d steps.
     """
-    horizon = max(execute_steps, delay)
-    if horizon + delay > rows:
+    if leaves_gap(delay, execute_steps, rows):
         return (
-            f"d <= s <= H - d does not hold: a chunk comes d = {delay} policy steps after its observation, the next "
-            f"observation follows after s = {horizon}, and a chunk has H = {rows} rows: the robot will hold between "
-            "chunks; infer faster, or lower execute_steps or margin_steps, or choose --mode sync"
+            f"a chunk comes d = {delay} policy steps after its observation, the next observation follows after "
+            f"s = {max(execute_steps, delay)}, and a chunk has H = {rows} rows, so d <= s <= H - d does not hold and "
+            "the robot will stop between chunks: infer faster, lower execute_steps or margin_steps, or use --mode sync"
         )
     if 0 < execute_steps < delay:
         return (
-            f"d <= s does not hold: execute_steps is s = {execute_steps}, but a chunk comes d = {delay} policy steps "
-            f"after its observation: every {delay} steps is what you get; infer faster, or raise execute_steps"
+            f"execute_steps is s = {execute_steps}, but a chunk comes d = {delay} policy steps after its observation, "
+            f"so d <= s does not hold and observations follow every {delay} steps: infer faster, or raise execute_steps"
         )
     return ""

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from onbeat.calibration.joints import FACTORY
 from onbeat.embodiment.chains import CHAINS
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.embodiment.robot import ABSOLUTE, DELTA_PER_STEP, RELATIVE_TO_OBSERVATION
 from onbeat.embodiment.schema import Embodiment, load_embodiment
 from onbeat.embodiment.slots import suggest
 from onbeat.kernels.kinematics import Workspace, new_workspace, no_workspace
@@ -53,8 +52,8 @@ class RobotConfig:
     v_max while a fault says "slow".
 
     cameras: view name -> name of its shared-memory ring; the twin names its own. port: the servo bus, empty when it
-    must be given. margin_steps: policy steps added to the measured delay. execute_steps: of a chunk, before the next
-    inference starts; 0 starts it at once.
+    must be given. margin_steps: policy steps added to the measured delay. execute_steps: from one observation to
+    the next, 0 for as often as inference can. blend_steps: over which a new chunk fades in at most.
 
     on_exit: "hold" (torque stays on), "relax" (torque off, an arm falls) or "park" (to park_q, rad per joint, at
     park_speed_rad_s, then torque off): at the end of a run, and when the guardian finds the runtime dead. missed_beats:
@@ -87,6 +86,7 @@ class RobotConfig:
     missed_beats: int = 20
     margin_steps: int = 1
     execute_steps: int = 0
+    blend_steps: int = 2
 
 
 # z: a policy that grasps on the table may command a point a little under its top, and the servos give way.
@@ -197,8 +197,8 @@ def _check_config(config: RobotConfig) -> None:
         raise RobotError(f"{config.name}: slow_factor and max_load lie in 0..1, missed_beats is 2 or more")
     if (len(config.tool_low_m), len(config.tool_high_m)) not in ((0, 0), (3, 3)):
         raise RobotError(f"{config.name}: tool_low_m and tool_high_m are x, y, z in m: give three numbers each")
-    if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or config.execute_steps < 0:
-        raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, margin_steps and execute_steps 0 or more")
+    if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or min(config.execute_steps, config.blend_steps) < 0:
+        raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, *_steps 0 or more")
 
 
 def _limits(config: RobotConfig, embodiment: Embodiment) -> JointLimits:
@@ -221,50 +221,6 @@ def _limit(config: RobotConfig, name: str, published: tuple[float, ...]) -> NDAr
     if not own:
         return np.array(published, np.float64)
     return (np.maximum if name == "q_min" else np.minimum)(np.array(own), np.array(published))
-
-
-def joint_targets(
-    actions: Mapping[str, NDArray[Any]],
-    robot: Robot,
-    *,
-    committed_q: NDArray[np.float64],
-    observed_q: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Decoded action keys {key: (C, d)} as absolute joint targets (C, J) in rad.
-
-    `absolute` keys are targets already. `delta_per_step` keys are summed from committed_q (J,), what the robot was
-    committed to when row 0 is due. `relative_to_observation` keys are added to observed_q (J,), the state the policy
-    saw.
-    """
-    rows = robot.embodiment.flatten(actions)
-    stop = 0
-    for key in robot.embodiment.action:
-        start, stop = stop, stop + key.size
-        if key.kind == DELTA_PER_STEP:
-            rows[:, start:stop] = committed_q[start:stop] + np.cumsum(rows[:, start:stop], axis=0)
-        elif key.kind == RELATIVE_TO_OBSERVATION:
-            rows[:, start:stop] += observed_q[start:stop]
-    return rows
-
-
-def action_values(
-    targets: NDArray[np.float64],
-    robot: Robot,
-    *,
-    committed_q: NDArray[np.float64],
-    observed_q: NDArray[np.float64],
-) -> dict[str, NDArray[np.float64]]:
-    """The inverse of `joint_targets`: targets (C, J) as {key: (C, d)}, for a prefix that repeats what is committed."""
-    rows, stop = targets.copy(), 0
-    for key in robot.embodiment.action:
-        start, stop = stop, stop + key.size
-        if key.kind == DELTA_PER_STEP:
-            rows[:, start:stop] = np.diff(targets[:, start:stop], axis=0, prepend=committed_q[None, start:stop])
-        elif key.kind == RELATIVE_TO_OBSERVATION:
-            rows[:, start:stop] -= observed_q[start:stop]
-        else:
-            assert key.kind == ABSOLUTE, key.kind
-    return robot.embodiment.split(rows)
 
 
 def state_values(robot: Robot, joints_rad: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

@@ -187,7 +187,7 @@ class TestModes:
 
     def test_an_untrained_prefix_is_an_explicit_choice(self, engines) -> None:
         spec = replace(engines[0].spec, trained_delay=0)
-        with pytest.raises(ModeError, match="not trained to continue a prefix.*--allow-untrained-prefix"):
+        with pytest.raises(ModeError, match=r"not trained to continue a prefix.*--allow-untrained-prefix"):
             choose_mode(spec, "locked")
         assert choose_mode(spec, "locked", allow_untrained_prefix=True) == "locked"
 

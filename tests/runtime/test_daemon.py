@@ -39,10 +39,10 @@ class SwingingPolicy:
 
     def __init__(self, robot: Robot, fails_at: int = 10**6) -> None:
         self.robot, self.fails_at, self.count = robot, fails_at, 0
-        self.spec = SimpleNamespace(chunk=ROWS, trained_delay=0)
+        self.spec = SimpleNamespace(chunk=ROWS, trained_delay=0, guidance=False)
         self.language = None
 
-    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0) -> PolicyOutput:  # noqa: ARG002
+    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0, guidance=None) -> PolicyOutput:  # noqa: ARG002
         self.count += 1
         if self.count == self.fails_at:
             raise OnbeatError("the state is not finite: check the sensor")

@@ -47,7 +47,7 @@ class Scripted:
     seen: list = field(default_factory=list)
     noises: list = field(default_factory=list)
 
-    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0):  # noqa: ARG002
+    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0, guidance=None):  # noqa: ARG002
         self.seen.append(observation)
         self.noises.append(noise)
         rows = np.stack([self.targets(observation.t_capture_ns + k * PERIOD_NS) for k in range(CHUNK)])
@@ -112,7 +112,7 @@ def test_chunks_that_come_after_their_last_row_are_late_and_never_run(scene):
     outcome = run_episode(scene, ROBOT, stay(), SEED, conditions)
     assert (outcome.chunks, outcome.held_ticks) == (0, 259)  # the first tick starts and does not hold
     assert dict(outcome.delays) == {EXPIRED: 2}
-    assert "late: 2" in as_text([Evaluation("none", conditions, (outcome,))])
+    assert "expired: 2" in as_text([Evaluation("none", conditions, (outcome,))])
 
 
 def test_inference_waits_for_the_rows_that_are_to_be_executed(scene):
