@@ -17,12 +17,14 @@ Source: H. Boehm, Can seqlocks get along with programming language memory models
 from collections.abc import Callable
 from typing import Any, Final
 
-from numba import njit, types
+from numba import types
 from numba.core.cgutils import get_item_pointer
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic as _untyped_intrinsic
 from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
+
+from onbeat.kernels.compiled import compiled
 
 _WORD_BYTES: Final = 8
 intrinsic: Any = _untyped_intrinsic  # what it makes is called without the typing context
@@ -73,38 +75,44 @@ def _fence(typing_context: Any) -> Lowering:  # noqa: ARG001
     return types.void(), lower
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def load_acquire(words: NDArray[Any], index: int) -> int:
     """words[index], and with it all that its writer had written before it. words: (N,) int64."""
     return _load_acquire(words, index)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def store_release(words: NDArray[Any], index: int, value: int) -> None:
     """words[index] = value, seen by others after all that was written before. words: (N,) int64."""
     _store_release(words, index, value)
 
 
-@njit(cache=True, nogil=True)
+@compiled
+def fence() -> None:
+    """What stands before stays before, what stands after stays after, loads and stores alike."""
+    _fence()
+
+
+@compiled
 def begin_write(word: NDArray[Any]) -> None:
     """Open a write of what `word` (1,) int64 guards. There is one writer."""
     _store_release(word, 0, word[0] | 1)
     _fence()
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def end_write(word: NDArray[Any]) -> None:
     """Close the write: readers that begin from now on see it whole."""
     _store_release(word, 0, word[0] + 1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def begin_read(word: NDArray[Any]) -> int:
     """What to hand to `is_intact` after the copy."""
     return _load_acquire(word, 0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def is_intact(word: NDArray[Any], begun: int) -> bool:
     """Whether no write was under way since `begin_read` returned `begun`: the copy made in between may be used."""
     _fence()

@@ -7,8 +7,10 @@ a signal adds up: what is late once is not late again.
 from typing import Any, Final
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
+
+from onbeat.kernels.compiled import compiled
 
 _clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.voidptr))
 _clock_nanosleep: Any = types.ExternalFunction(
@@ -25,14 +27,14 @@ def new_timespec() -> NDArray[np.int64]:
     return np.zeros(2, np.int64)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def monotonic_ns(timespec: NDArray[np.int64]) -> int:
     """`time.monotonic_ns()`."""
     _clock_gettime(_CLOCK_MONOTONIC, timespec.ctypes)
     return timespec[0] * _NS_PER_S + timespec[1]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sleep_until(due_ns: int, timespec: NDArray[np.int64]) -> int:
     """Return at `due_ns` or later, at once when that is past, with the time it is; signals do not cut it short."""
     while True:

@@ -8,7 +8,7 @@ from numba import njit
 
 from onbeat.kernels.atomics import begin_read, begin_write, end_write, is_intact, load_acquire, store_release
 
-WRITES = 3_000_000
+WRITES = 1_000_000
 BEAT = 64  # values per write: wide enough that a reader is caught in the middle
 
 
