@@ -3,7 +3,7 @@
 The one place where this is said. `safety.py` is the machine that runs the table in every tick, tests take their rows
 from here, and the page for people is made from it:
 
-    python -m onbeat.runtime.faults          prints the table in Markdown
+    python -m onbeat.runtime.faults --write      docs/faults.md
 
 A *tick* is a period of the control loop. `within_ticks` counts from the tick in which the detector can first know (a
 reply that fails, a threshold that is passed) to the tick whose command already shows the reaction.
@@ -14,6 +14,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
+from pathlib import Path
+
+DOCUMENT = Path("docs/faults.md")
 
 
 class Level(IntEnum):
@@ -92,7 +95,7 @@ _PUBLISH = "publish"
 TABLE: tuple[Row, ...] = (
     Row(
         Fault.CHUNK_LATE,
-        "a chunk comes after some of its rows were due",
+        "a chunk comes later than the delay that it was planned with",
         _PUBLISH,
         1,
         Level.WARN,
@@ -124,15 +127,15 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         Fault.CHUNK_OUTSIDE,
-        "a chunk has targets outside the position range",
+        "a chunk has a target far outside what a joint can do",
         _PUBLISH,
         1,
         Level.WARN,
-        "targets are cut to the range",
+        "dropped; the chunk in force runs on; one that overreaches a little is cut to the range",
     ),
     Row(
         Fault.CHUNK_STALE,
-        "a chunk comes from an observation older than `max_observation_age_ms`",
+        "a chunk's observation is older than that of one taken before, or from the future",
         _PUBLISH,
         1,
         Level.WARN,
@@ -173,7 +176,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         Fault.PERCEPTION_SHIFT,
-        "the gate is low in 3 chunks in a row",
+        "the gate is below `min_gate` in 3 chunks in a row",
         "inference thread, per chunk",
         1,
         Level.SLOW,
@@ -209,7 +212,7 @@ TABLE: tuple[Row, ...] = (
         _CAMERA,
         1,
         Level.HOLD,
-        "no inference starts",
+        "chunks go on being made, and are not run",
         clears_after_s=0.2,
     ),
     Row(
@@ -218,12 +221,12 @@ TABLE: tuple[Row, ...] = (
         _CAMERA,
         1,
         Level.HOLD,
-        "no inference starts",
+        "chunks go on being made, and are not run",
         clears_after_s=0.2,
     ),
     Row(
         Fault.BUS_RETRIES,
-        "more than 10 exchanges in a second needed a retry",
+        "retries fill a bucket of 10 faster than it loses 5 a second",
         _RETRIES,
         1,
         Level.SLOW,
@@ -243,7 +246,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         Fault.BUS_DEAD,
-        "5 exchanges in a row failed in every attempt",
+        "no good exchange for 0.3 s",
         _RETRIES,
         1,
         Level.HOLD,
@@ -256,7 +259,7 @@ TABLE: tuple[Row, ...] = (
         _RETRIES,
         1,
         Level.HOLD,
-        "servos hold their last goal; the port is asked for again for `reconnect_s`, then as `on_exit` says",
+        "servos hold their last goal; the guardian asks for the port for 10 s, then does as `on_exit` says",
         ends_run=True,
     ),
     Row(
@@ -437,12 +440,29 @@ def fault_names(bits: int) -> list[str]:
     return [fault.name for fault in Fault if bits >> fault & 1]
 
 
+def as_document() -> str:
+    """docs/faults.md."""
+    return f"""# What can go wrong, and what the robot does
+
+Made by `python -m onbeat.runtime.faults --write` from the table that the loop runs; a test compares.
+
+A *tick* is a period of the control loop. *ticks*: from the one in which the detector can first know to the one whose
+command shows the reaction. The worst of all present faults counts: *warn* (counted and told), *slow* (the speed limit
+is scaled by `slow_factor`), *hold* (braked within the limits, then kept), *limp* (torque off at once). What ends a run
+brings the arm to rest first; then the robot file's `on_exit` says *hold*, *relax* or *park*.
+
+{as_markdown()}
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table."""
-    argparse.ArgumentParser(prog="python -m onbeat.runtime.faults", description=__doc__.split("\n\n")[0]).parse_args(
-        argv
-    )
-    print(as_markdown())
+    """Print the table, or write the document."""
+    parser = argparse.ArgumentParser(prog="python -m onbeat.runtime.faults", description="The fault table in Markdown.")
+    parser.add_argument("--write", action="store_true", help=f"into {DOCUMENT} of the working directory")
+    if parser.parse_args(argv).write:
+        DOCUMENT.write_text(as_document(), encoding="utf-8")
+    else:
+        print(as_markdown())
     return 0
 
 

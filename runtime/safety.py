@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from onbeat.drivers.feetech.protocol import GOAL_REFUSED, OK, PORT_LOST, SERVO_FAULT
 from onbeat.drivers.feetech.tables import Status
+from onbeat.kernels.arrays import copy_values
 from onbeat.kernels.compiled import compiled
 from onbeat.runtime.faults import TABLE, Fault, Level
 
 # F faults, J joints.
 
-MAX_SILENT_EXCHANGES = 5  # in a row, each after the driver's own retries
+SILENCE_NS: Final = 300_000_000  # without one good exchange, after which the bus counts as dead
 LOAD_TIME_S = 0.5  # a servo that starts or meets the table pushes hard for a moment
 NO_FAULT = -1
 SLOW: Final = int(Level.SLOW)
@@ -90,6 +91,7 @@ class Thresholds(NamedTuple):
     slow_factor: float
     retry_burst: float
     retries_per_tick: float
+    silent_ticks: int
 
 
 class Inputs(NamedTuple):
@@ -172,6 +174,7 @@ def _thresholds(settings: SafetySettings, period_s: float) -> Thresholds:
         slow_factor=settings.slow_factor,
         retry_burst=settings.retry_burst,
         retries_per_tick=settings.retry_rate_hz * period_s,
+        silent_ticks=math.ceil(SILENCE_NS / round(period_s * 1e9)),
     )
 
 
@@ -204,8 +207,8 @@ def note_exchange(safety, outcome, counts, status, temperature_c):
             failed += counts[k]
     inputs.retries[0] = failed
     if code in (OK, SERVO_FAULT):
-        inputs.servo_status[:] = status
-        inputs.temperature_c[:] = temperature_c
+        copy_values(inputs.servo_status, status)
+        copy_values(inputs.temperature_c, temperature_c)
 
 
 @compiled
@@ -269,9 +272,21 @@ def _detect(safety, now_ns, is_missing, load):
     conditions[_CAMERA_STALE] = frame_ns != 0 and now_ns - frame_ns > limits.max_frame_age_ns
     _detect_bus(safety)
     conditions[_SERVO_LOAD] = _is_loaded(safety, load)
-    conditions[_SERVO_HOT] = np.any(inputs.temperature_c > limits.max_temperature_c)
+    conditions[_SERVO_HOT] = 0
+    for celsius in inputs.temperature_c:
+        if celsius > limits.max_temperature_c:
+            conditions[_SERVO_HOT] = 1
     for k in range(_STATUS_BITS.shape[0]):
-        conditions[_STATUS_BITS[k, 0]] = np.any(inputs.servo_status & _STATUS_BITS[k, 1] != 0)
+        conditions[_STATUS_BITS[k, 0]] = _shows(inputs.servo_status, _STATUS_BITS[k, 1])
+
+
+@compiled
+def _shows(servo_status, bits):
+    """Whether any servo has one of these bits set."""
+    for status in servo_status:  # noqa: SIM110  compiled: any() of a generator is not
+        if status & bits != 0:
+            return True
+    return False
 
 
 @compiled
@@ -285,7 +300,7 @@ def _detect_bus(safety):
     safety.bucket[0] = max(0.0, safety.bucket[0] + failed - limits.retries_per_tick)
     conditions[_BUS_RETRIES] = safety.bucket[0] > limits.retry_burst
     conditions[_BUS_SILENT] = is_silent
-    conditions[_BUS_DEAD] = safety.silent[0] >= MAX_SILENT_EXCHANGES
+    conditions[_BUS_DEAD] = safety.silent[0] >= limits.silent_ticks
     conditions[_PORT_LOST] = fault == PORT_LOST
 
 

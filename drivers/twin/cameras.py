@@ -96,7 +96,7 @@ class FaultyLens:
         self.t_ns = 0
 
     def aim(self, snapshot: Stamped) -> None:
-        """Take a world's snapshot and its time: the last one again when the clock stalls, a later one when it jumped."""
+        """Take a world's snapshot and its time: the last again when the clock stalls, a later one when it jumped."""
         present = self._injector.look(time.monotonic_ns())
         self._world.set_qpos_snapshot(snapshot.payload.view(np.float64))
         if CLOCK_STALLED not in present:
