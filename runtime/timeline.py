@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onbeat.kernels.arrays import fill_values
 from onbeat.kernels.atomics import begin_read, begin_write, end_write, is_intact, load_acquire, store_release
 from onbeat.kernels.compiled import compiled
 from onbeat.kernels.interpolate import interpolate
@@ -238,5 +239,5 @@ def committed_target(timeline, at_ns, out):
         row, fraction = interpolate(timeline.targets[slot], timeline.length[slot], t0_ns, period_ns, at_ns, out)
         if is_intact(timeline.sequence[slot], begun):
             return chunk_id, t0_ns, row, fraction
-    out[:] = np.nan
+    fill_values(out, np.nan)
     return EMPTY, NEVER, EMPTY, 0.0
