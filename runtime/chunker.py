@@ -69,7 +69,8 @@ class Prefix:
 class Chunker:
     """The steps, for one policy on one robot. mode: one of modes.MODES, already chosen. One thread calls it.
 
-    allow_untrained: in LOCKED, keep more rows than the checkpoint was trained to continue.
+    allow_untrained: in LOCKED, keep more rows than the checkpoint was trained to continue. executed: policy steps that
+    the robot was past when the last chunk came.
     """
 
     policy: Policy
@@ -78,6 +79,7 @@ class Chunker:
     mode: str = ASYNC
     allow_untrained: bool = False
     budget: DelayBudget = field(init=False)
+    executed: int = field(default=0, init=False)
     _observed_ns: int = field(default=NEVER, init=False)
     _not_before_ns: int = field(default=NEVER, init=False)
 
@@ -139,8 +141,9 @@ class Chunker:
             locked_rows=plan.locked,
             blend_rows=config.blend_steps,
         )
+        self.executed = executed_steps(self.timeline, plan.observed_ns, period_ns, now_ns)
         if not is_cold:
-            self.count_delay(plan.observed_ns, now_ns)
+            self.budget.add(self.executed)
         self._observed_ns = max(self._observed_ns, plan.observed_ns)
         self._not_before_ns = self._next_ns(plan, now_ns) if first_row >= 0 else NEVER
         return first_row

@@ -17,13 +17,21 @@ from enum import Enum
 from onbeat.drivers.interfaces import Camera, Frame
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.chunker import Chunker, Plan
+from onbeat.runtime.faults import Fault
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.record import ChunkLog
 from onbeat.runtime.robots import Robot, state_values
-from onbeat.runtime.timeline import EMPTY, Timeline
+from onbeat.runtime.safety import Safety, report, set_condition
+from onbeat.runtime.timeline import EMPTY, EXPIRED, NOT_FINITE, OUTSIDE, STALE, Timeline, is_pending
 
 POLL_S = 0.002
+FAULT_OF_REFUSAL = {
+    EXPIRED: Fault.CHUNK_EXPIRED,
+    STALE: Fault.CHUNK_STALE,
+    NOT_FINITE: Fault.CHUNK_NOT_FINITE,
+    OUTSIDE: Fault.CHUNK_OUTSIDE,
+}
 
 
 class NoFrames(OnbeatError):
@@ -86,9 +94,12 @@ class Scheduler:
         history: StateHistory,
         log: ChunkLog,
         instruction: str,
+        safety: Safety | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        """safety: is told of the faults of chunks, see the fault table."""
         self.status = SchedulerStatus()
+        self._safety = safety
         self._chunker = chunker
         self._cameras, self._history, self._log, self._clock = cameras, history, log, clock
         self._instruction = self._warm_instruction = instruction
@@ -115,6 +126,8 @@ class Scheduler:
         """
         took_ns = [self._time_inference(timeout_s, is_cold) for is_cold in (True, False)]
         self.status.warning = self._chunker.check_start()
+        if self.timeline.published[0] > 0:
+            self._report(Fault.POLICY_RESTARTED)
         return took_ns
 
     def _time_inference(self, timeout_s: float, is_cold: bool) -> int:
@@ -154,10 +167,12 @@ class Scheduler:
         if instruction is not self._instruction:
             self.status.withdrawn += 1
             return
-        first_row = self._chunker.publish(plan, inferred_ns, is_cold=instruction != self._warm_instruction)
+        is_new, is_early = instruction != self._warm_instruction, is_pending(self.timeline, inferred_ns)
+        first_row = self._chunker.publish(plan, inferred_ns, is_cold=is_new)
         self._warm_instruction = instruction
         published_ns = self._clock()
         self._tell(plan, first_row, published_ns - started_ns)
+        self._judge(plan, first_row, is_new=is_new, is_early=is_early)
         self._keep(plan, first_row, started_ns, observed_ns, published_ns)
 
     def _tell(self, plan: Plan, first_row: int, took_ns: int) -> None:
@@ -167,6 +182,23 @@ class Scheduler:
         status.delay_steps, status.last_inference_ns = plan.budget, took_ns
         status.warning = self._chunker.problem()
         status.bound_broken += bool(status.warning)
+
+    def _judge(self, plan: Plan, first_row: int, *, is_new: bool, is_early: bool) -> None:
+        """Report what the fault table has of a chunk that came. is_early: before the last one's seam."""
+        if first_row in FAULT_OF_REFUSAL:
+            self._report(FAULT_OF_REFUSAL[first_row])
+        elif self._chunker.executed > plan.budget:
+            self._report(Fault.CHUNK_LATE)
+        if first_row >= 0 and is_early:
+            self._report(Fault.CHUNK_OVERTAKEN)
+        if is_new:
+            self._report(Fault.INSTRUCTION_CHANGED)
+        if self._safety is not None:
+            set_condition(self._safety, Fault.DELAY_OVER_BUDGET, bool(self.status.warning))
+
+    def _report(self, fault: Fault) -> None:
+        if self._safety is not None:
+            report(self._safety, fault)
 
     def _keep(self, plan: Plan, first_row: int, started_ns: int, observed_ns: int, published_ns: int) -> None:
         timeline, times = self.timeline, plan.output.times

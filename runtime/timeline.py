@@ -129,6 +129,12 @@ def refusals(timeline: Timeline) -> dict[str, int]:
     return {name: int(timeline.refused[-1 - reason]) for reason, name in REFUSALS.items()}
 
 
+def is_pending(timeline: Timeline, now_ns: int) -> bool:
+    """Whether a chunk was taken whose seam is still to come. For the thread that publishes."""
+    newest = timeline.chunk_id == timeline.published[0] - 1
+    return bool(timeline.published[0] > 0 and (timeline.seam_ns[newest] > now_ns).any())
+
+
 @compiled
 def commit_chunk(timeline, targets, t0_ns, period_ns, now_ns, locked_rows, blend_rows):
     """The compiled `publish`. One thread calls it."""

@@ -12,6 +12,7 @@ from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.kinds import to_absolute
 from onbeat.runtime.chunker import Chunker
 from onbeat.runtime.delay import DelayTooLong
+from onbeat.runtime.faults import Fault
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.record import ChunkLog
@@ -84,7 +85,8 @@ class Rig:
         self.cameras = [ScriptedCamera("top"), ScriptedCamera("wrist")]
         self.history = StateHistory(JOINTS)
         self.log = ChunkLog(10, ROWS, JOINTS)
-        self.timeline: Timeline = new_tick_state(self.robot.limits, rate_hz=100, rows=ROWS).timeline
+        state = new_tick_state(self.robot.limits, rate_hz=100, rows=ROWS)
+        self.timeline, self.safety = state.timeline, state.safety
         self.stop = threading.Event()
         self.mode = mode
         self.start()
@@ -98,6 +100,7 @@ class Rig:
             history=self.history,
             log=self.log,
             instruction="lift",
+            safety=self.safety,
             clock=lambda: self.now_ns,
         )
 
@@ -121,6 +124,11 @@ class Rig:
 
     def chunks(self) -> dict[str, list[int]]:
         return {name: values.tolist() for name, values in self.log.arrays().items() if name != "targets"}
+
+    def reported(self) -> dict[str, int]:
+        """Events of the fault table that the thread has reported."""
+        events = self.safety.inputs.events
+        return {fault.name: int(events[fault]) for fault in Fault if events[fault]}
 
     def target_at(self, t_ns: int) -> float:
         out = np.zeros(JOINTS)
@@ -209,6 +217,7 @@ class TestPublish:
         assert rig.scheduler.status.late == 1
         assert rig.chunks()["chunk_id"] == [-1]
         assert refusals(rig.timeline)["expired"] == 1
+        assert rig.reported() == {"CHUNK_EXPIRED": 1}
         assert np.isnan(rig.target_at(rig.now_ns))
 
     def test_nothing_is_published_once_the_run_was_stopped(self):
@@ -383,6 +392,7 @@ class TestDelay:
             rig.see()
             assert rig.infer_once()
         assert rig.scheduler.status.bound_broken == 2
+        assert rig.safety.inputs.conditions[Fault.DELAY_OVER_BUDGET] == 1
         assert "execute_steps is s = 3, but a chunk comes d = 4" in rig.scheduler.status.warning
         rig.chunker.budget.counted.clear()
         rig.takes_ns = 90 * MS
@@ -405,8 +415,10 @@ class TestDelay:
 class TestFaults:
     """Rows of the fault table about chunks: what the thread does in each."""
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf, 99.0])
-    def test_a_chunk_that_must_not_run_is_refused_whole_and_the_last_one_runs_on(self, value: float):
+    @pytest.mark.parametrize(
+        ("value", "fault"), [(np.nan, "CHUNK_NOT_FINITE"), (np.inf, "CHUNK_NOT_FINITE"), (99.0, "CHUNK_OUTSIDE")]
+    )
+    def test_a_chunk_that_must_not_run_is_refused_whole_and_the_last_one_runs_on(self, value: float, fault: str):
         rig = Rig()
         rig.see()
         rig.infer_once()
@@ -415,7 +427,27 @@ class TestFaults:
         rig.infer_once()
         assert rig.scheduler.status.late == 1
         assert sum(refusals(rig.timeline).values()) == 1
+        assert rig.reported()[fault] == 1
         assert rig.target_at(rig.now_ns + 3 * PERIOD_NS) == 0.1
+
+    def test_one_that_comes_later_than_planned_is_told(self):
+        rig = Rig()
+        for takes_ms in (60, 60, 350):
+            rig.takes_ns = takes_ms * MS
+            rig.now_ns += PERIOD_NS
+            rig.see()
+            rig.infer_once()
+        assert rig.chunks()["budget"] == [1, 2, 2]
+        assert rig.reported()["CHUNK_LATE"] == 1
+
+    def test_of_two_at_once_the_second_has_the_last_word_and_it_is_told(self):
+        rig = Rig(blend_steps=0)
+        for value in (0.1, 0.2, 0.3):
+            rig.policy.value, rig.takes_ns = value, MS
+            rig.see()
+            rig.infer_once()
+        assert rig.reported()["CHUNK_OVERTAKEN"] == 2
+        assert rig.target_at(rig.now_ns + 4 * PERIOD_NS) == 0.3
 
     def test_a_camera_whose_clock_stalls_starts_nothing_and_then_is_stale(self):
         rig = Rig()
@@ -463,9 +495,12 @@ class TestFaults:
         rig.start()
         rig.now_ns += PERIOD_NS
         rig.see()
+        rig.takes_ns = 1
+        rig.scheduler.warm_up()
+        assert rig.reported()["POLICY_RESTARTED"] == 1
         rig.policy.value = 0.3
         rig.infer_once()
-        assert rig.policy.asked[1]["delay"] == 1, "its budget is new, what is committed is not"
+        assert rig.policy.asked[-1]["delay"] == 2, "its budget is new, what is committed is not"
         assert find_slot(rig.timeline, rig.now_ns + 2 * PERIOD_NS) == 1
         assert rig.timeline.published[0] == 2
 
@@ -501,6 +536,7 @@ class TestFaults:
             rig.see()
             assert rig.infer_once()
         assert list(rig.chunker.budget.counted) == [2, 1]
+        assert rig.reported()["INSTRUCTION_CHANGED"] == 1
 
     def test_a_bad_instruction_changes_nothing(self):
         rig = Rig()
