@@ -1,8 +1,12 @@
-"""`compiled`: numba's `njit` for what runs without the interpreter's lock, kept on disk until anything it uses changes.
+"""`compiled`: numba's `njit` for what must run without the interpreter, without allocating, and need no warm-up.
 
-numba looks only at a function's own file when it judges what it has on disk: a loop that was kept would go on calling
-the tick it was compiled with, whatever was edited since in the tick's file. Here every function is kept under one stamp
-of all sources that compiled code can depend on: the files that use `compiled`, and what of ours those import.
+Such code is compiled without numba's memory runtime: an array that would be allocated is an error of the compiler, so
+that no test has to look for one. `arrays.py` has what stands in for slice assignment.
+
+What is compiled is kept on disk until anything it uses changes. numba by itself looks only at a function's own file: a
+loop that was kept would go on calling the tick it was compiled with, whatever was edited since in the tick's file. Here
+every function is kept under one stamp of all sources that compiled code can depend on: the files that use `compiled`,
+and what of ours those import.
 """
 
 import hashlib
@@ -22,7 +26,7 @@ AREAS: Final = ("embodiment", "kernels", "drivers", "calibration", "runtime")
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile at the first call, for the types of its arguments; the calling thread lets go of the interpreter."""
-    dispatcher: Any = njit(cache=True, nogil=True)(function)
+    dispatcher: Any = njit(cache=True, nogil=True, _nrt=False)(function)
     cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if cache_file is not None and STAMP:
         cache_file._source_stamp = STAMP  # to be deleted when numba itself follows what a function calls

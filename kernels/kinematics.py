@@ -60,7 +60,7 @@ def tool_reference(q: Floats, workspace: Workspace) -> Floats:
 
 @compiled
 def tool(q, workspace):
-    """The compiled variant of `tool_reference`; the result is workspace.place_m, overwritten by the next call."""
+    """The compiled variant of `tool_reference`, into workspace.place_m."""
     turn, turned, place = workspace.turn, workspace.turned, workspace.place_m
     for r in range(3):
         place[r] = 0.0
@@ -70,7 +70,6 @@ def tool(q, workspace):
         _carry(place, turn, workspace.offsets_m[k])
         _rotate(turn, workspace.axes[k], q[k], turned)
     _carry(place, turn, workspace.tool_m)
-    return place
 
 
 @compiled
@@ -98,7 +97,8 @@ def _rotate(turn, axis, angle, scratch):
 @compiled
 def excess_m(q, workspace):
     """How far the tool is out of its box (m), on the worst side; negative inside."""
-    place = tool(q, workspace)
+    tool(q, workspace)
+    place = workspace.place_m
     worst = -np.inf
     for r in range(3):
         worst = max(worst, workspace.low_m[r] - place[r], place[r] - workspace.high_m[r])

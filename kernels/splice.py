@@ -48,8 +48,9 @@ def splice(old, new, first_row, blend_rows):
 @compiled
 def _rows_to_blend(old, first_row, most):
     for k in range(most):
-        if np.isnan(old[first_row + k]).any():
-            return k
+        for value in old[first_row + k]:
+            if math.isnan(value):
+                return k
     return most
 
 

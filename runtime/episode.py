@@ -120,10 +120,17 @@ class Episode:
     def __init__(self, scene: Scene, robot: Robot, policy: Policy, seed: int, conditions: Conditions) -> None:
         scene.reset(seed)
         self.is_over = False
-        self.state = new_tick_state(robot.limits, rate_hz=robot.config.loop_rate_hz, rows=policy.spec.chunk)
+        self.state = new_tick_state(
+            robot.limits,
+            rate_hz=robot.config.loop_rate_hz,
+            rows=policy.spec.chunk,
+            workspace=robot.workspace(),
+            settings=robot.safety,
+        )
         self._scene, self._robot, self._policy, self._conditions = scene, robot, policy, conditions
         self._seed, self._noise = seed, np.random.default_rng([seed, NOISE])
         self._now_ns, self._highest_m = 0, 0.0
+        self._world_start_ns = scene.world.time_ns
         self._referee = Referee(conditions.timeout_ns)
         self._referee.start_attempt(0)
         mode = choose_mode(policy.spec, conditions.mode, allow_untrained_prefix=conditions.allow_untrained_prefix)
@@ -140,8 +147,8 @@ class Episode:
         state.measured_q[:] = in_servo_steps(world.position_rad)
         tick(state, self._now_ns)
         world.set_goal_rad(in_servo_steps(state.command_q))
-        world.step(tick_ns)
         self._now_ns += tick_ns
+        world.step(self._world_start_ns + self._now_ns - world.time_ns)  # whole physics steps, which a tick may not be
         height_m = world.truth().cube_height_m
         self._highest_m = max(self._highest_m, height_m)
         self.is_over = self._referee.judge(self._now_ns, height_m) is not None

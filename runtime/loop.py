@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onbeat.drivers.feetech.protocol import OK, PORT_LOST, SERVO_FAULT
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.embodiment.errors import OnbeatError
+from onbeat.kernels.arrays import copy_values
 from onbeat.kernels.atomics import load_acquire, store_release
 from onbeat.kernels.clock import monotonic_ns, new_timespec, sleep_until
 from onbeat.kernels.compiled import compiled
@@ -43,6 +44,7 @@ from onbeat.runtime.mailbox import (
 from onbeat.runtime.record import TickRing, append_tick, new_tick_ring
 from onbeat.runtime.safety import LIMP, NO_FAULT, SILENCE_NS, TICK_MISSED, note_exchange, set_condition, watch
 from onbeat.runtime.tick import REFUSED, JointLimits, TickState, new_tick_state, tick
+from onbeat.runtime.timeline import publish
 
 # J joints.
 
@@ -148,12 +150,13 @@ class ControlLoop:
 
 
 def compile_ahead(limits: JointLimits) -> None:
-    """Compile the loop (half a minute at the very first run, then cached) by a run that ends before its first tick."""
+    """Compile the loop and what feeds it (half a minute at the very first run, then kept): nothing is driven."""
     joints = len(limits.q_min)
     state, history = new_tick_state(limits, rate_hz=100.0, rows=2), StateHistory(joints)
     box = new_loop_box(history.ring, new_tick_ring(joints, 1), new_words(PROGRESS_WORDS))
     store_release(box.command, 0, STOP)
-    run_loop(state, mailbox_link(joints), box)
+    publish(state.timeline, np.zeros((2, joints)), t0_ns=0, period_ns=1, now_ns=0)
+    run_loop(state, mailbox_link(joints), box)  # ends before its first tick
 
 
 @compiled
@@ -225,9 +228,9 @@ def _take_joints(state, wire, states, answer):
     """Show the joints to the next tick and to whoever observes; joints that were not read stay what they were."""
     if answer & 15 != OK and answer & 15 != SERVO_FAULT:
         return
-    state.measured_q[:] = wire.position_rad
-    state.measured_dq[:] = wire.velocity_rad_s
-    state.measured_load[:] = wire.load
+    copy_values(state.measured_q, wire.position_rad)
+    copy_values(state.measured_dq, wire.velocity_rad_s)
+    copy_values(state.measured_load, wire.load)
     append_state(states, wire.t_ns[0], wire.position_rad)
 
 

@@ -16,6 +16,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from onbeat.drivers.feetech.protocol import GOAL_REFUSED, NO_REPLY, OK
+from onbeat.kernels.arrays import copy_values
 from onbeat.kernels.atomics import begin_read, begin_write, end_write, fence, is_intact, load_acquire, store_release
 from onbeat.kernels.compiled import compiled
 
@@ -89,7 +90,7 @@ def append_state(ring, t_ns, position_rad):
     count = ring.count[0]
     k = count % ring.t_ns.shape[0]
     ring.t_ns[k] = t_ns
-    ring.position_rad[k] = position_rad
+    copy_values(ring.position_rad[k], position_rad)
     store_release(ring.count, 0, count + 1)
 
 
@@ -131,7 +132,7 @@ def exchange_mailbox(box, wire, goal_rad, now_ns):
         if not math.isfinite(goal):
             return GOAL_REFUSED
     begin_write(box.goal_word)
-    box.goal_rad[:] = goal_rad
+    copy_values(box.goal_rad, goal_rad)
     end_write(box.goal_word)
     _write(box.wake_fd, box.one.ctypes, 8)
     outcome = _take_answer(box, wire)
@@ -146,9 +147,9 @@ def _take_answer(box, wire):
         return NO_REPLY
     k = (count - 1) % ANSWERS
     wire.t_ns[0], outcome = box.answer[k, 0], box.answer[k, 1]
-    wire.position_rad[:] = box.joints[k, 0]
-    wire.velocity_rad_s[:] = box.joints[k, 1]
-    wire.load[:] = box.joints[k, 2]
+    copy_values(wire.position_rad, box.joints[k, 0])
+    copy_values(wire.velocity_rad_s, box.joints[k, 1])
+    copy_values(wire.load, box.joints[k, 2])
     fence()
     return outcome if load_acquire(box.answer_count, 0) - count < ANSWERS - 1 else NO_REPLY
 
@@ -157,7 +158,7 @@ def _take_answer(box, wire):
 def take_goal(box, out):
     """Copy the newest goal into `out` (J,); False when it was being written meanwhile: ask again."""
     begun = begin_read(box.goal_word)
-    out[:] = box.goal_rad
+    copy_values(out, box.goal_rad)
     return is_intact(box.goal_word, begun)
 
 
@@ -168,5 +169,7 @@ def put_answer(box, t_ns, outcome, position_rad, velocity_rad_s, load):
     count = box.answer_count[0]
     k = count % ANSWERS
     box.answer[k, 0], box.answer[k, 1] = t_ns, outcome
-    box.joints[k, 0], box.joints[k, 1], box.joints[k, 2] = position_rad, velocity_rad_s, load
+    copy_values(box.joints[k, 0], position_rad)
+    copy_values(box.joints[k, 1], velocity_rad_s)
+    copy_values(box.joints[k, 2], load)
     store_release(box.answer_count, 0, count + 1)

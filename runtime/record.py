@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onbeat.kernels.arrays import copy_values
 from onbeat.kernels.atomics import load_acquire, store_release
 from onbeat.kernels.compiled import compiled
 from onbeat.runtime.tick import RECORD
@@ -86,8 +87,8 @@ def append_tick(ring, state, due_ns, start_ns, compute_ns, exchange_ns, tell_ns,
     ring.rows[k] = state.record[0]
     ring.due_ns[k], ring.start_ns[k], ring.outcome[k] = due_ns, start_ns, outcome
     ring.compute_ns[k], ring.exchange_ns[k], ring.tell_ns[k] = compute_ns, exchange_ns, tell_ns
-    ring.goal_rad[k] = state.command_q
-    ring.position_rad[k] = state.measured_q
+    copy_values(ring.goal_rad[k], state.command_q)
+    copy_values(ring.position_rad[k], state.measured_q)
     store_release(ring.written, 0, written + 1)
 
 
@@ -110,6 +111,11 @@ class TickLog:
         self.dropped += written - taken - fits
         store_release(ring.taken, 0, written)
         return written - taken
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that it has room for."""
+        return sum(array.nbytes for array in self._kept)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The kept ticks, (T,) or (T, J) each; the fields of tick.RECORD under their own names."""
@@ -136,6 +142,11 @@ class ChunkLog:
         self.entries[self.count] = tuple(values[name] for name in CHUNK.names or ())
         self.targets[self.count, : len(targets)] = targets
         self.count += 1
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that it has room for."""
+        return self.entries.nbytes + self.targets.nbytes
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The kept chunks, (N,) each, and targets (N, H, J)."""

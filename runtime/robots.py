@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.calibration.joints import FACTORY
+from onbeat.drivers.feetech.pace import BusPace
 from onbeat.embodiment.chains import CHAINS
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.schema import Embodiment, load_embodiment
@@ -49,7 +50,8 @@ class RobotConfig:
     j_max: rad/s^3 per joint, empty means a_max / JERK_RAMP_S. tool_low_m, tool_high_m: corners of the box that the tool
     must not leave, x forward, y left, z up from the table; empty means none. max_frame_age_ms: an older newest frame is
     stale, and no inference starts from it. max_load, max_temperature_c: of a servo, load 1 is stall. slow_factor: of
-    v_max while a fault says "slow".
+    v_max while a fault says "slow". min_gate: of a chunk's mean gate, 0 for any; exp(-2 / tau) is what features have
+    that have nothing to do with each other.
 
     cameras: view name -> name of its shared-memory ring; the twin names its own. port: the servo bus, empty when it
     must be given. margin_steps: policy steps added to the measured delay. execute_steps: from one observation to
@@ -63,7 +65,7 @@ class RobotConfig:
     name: str
     embodiment: str
     is_simulated: bool
-    loop_rate_hz: float = 100.0
+    loop_rate_hz: float = 200.0
     q_min: tuple[float, ...] = ()
     q_max: tuple[float, ...] = ()
     v_max: tuple[float, ...] = ()
@@ -76,6 +78,7 @@ class RobotConfig:
     max_load: float = 0.9
     max_temperature_c: float = 60.0
     slow_factor: float = 0.25
+    min_gate: float = 0.0
     port: str = ""
     baud_rate: int = 1_000_000
     bus_retries: int = 2
@@ -174,7 +177,10 @@ def _field(robot: RobotConfig, name: str, value: Any, path: Path) -> Any:
 
 
 def build_robot(config: RobotConfig) -> Robot:
-    """Join a config with its embodiment. Raises RobotError where they do not fit, EmbodimentError for no limits."""
+    """Join a config with its embodiment. Raises RobotError where they do not fit, EmbodimentError for no limits.
+
+    RateTooHigh: the servo bus cannot carry loop_rate_hz.
+    """
     embodiment = load_embodiment(config.embodiment)
     keys_without_joints = [key.name for key in embodiment.action if len(key.joints) != key.size]
     if keys_without_joints:
@@ -185,6 +191,7 @@ def build_robot(config: RobotConfig) -> Robot:
     if sum(key.size for key in embodiment.state) != len(embodiment.joints):
         raise RobotError(f"{config.name}: the state of '{embodiment.name}' is not its joints: choose another")
     _check_config(config)
+    BusPace(len(embodiment.joints), config.baud_rate).check(config.loop_rate_hz)
     return Robot(config, embodiment, embodiment.joints, _limits(config, embodiment))
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onbeat.kernels.arrays import copy_values, fill_values
+from onbeat.kernels.atomics import store_release
 from onbeat.kernels.compiled import compiled
 from onbeat.kernels.kinematics import Workspace, leaves, no_workspace
 from onbeat.kernels.limit import ACCELERATION, HELD, POSITION, VELOCITY, limit, smooth, smoothing_ticks
@@ -171,17 +173,24 @@ def tick(state, now_ns):
     flags |= _commit(state)
     _count(state.counters, flags)
     _write_record(state, now_ns, chunk_id, t0_ns, row, fraction, flags)
+    store_release(state.timeline.progress_ns, 0, now_ns)
     return flags
 
 
 @compiled
 def _start(state):
-    state.path_q[:] = state.measured_q
-    state.path_v[:] = 0.0
-    state.path[:] = state.measured_q
-    state.next_q[:] = state.measured_q
-    state.next_v[:] = 0.0
+    copy_values(state.path_q, state.measured_q)
+    fill_values(state.path_v, 0.0)
+    _fill_path(state, state.measured_q)
+    copy_values(state.next_q, state.measured_q)
+    fill_values(state.next_v, 0.0)
     return STARTED
+
+
+@compiled
+def _fill_path(state, q):
+    for k in range(state.path.shape[0]):
+        copy_values(state.path[k], q)
 
 
 @compiled
@@ -200,10 +209,10 @@ def _move(state, level):
 @compiled
 def _heed(state, level):
     """Set goal and v_max of this tick from the target and the level of the faults."""
-    state.goal[:] = state.target
-    state.v_max[:] = state.limits.v_max
+    copy_values(state.goal, state.target)
+    copy_values(state.v_max, state.limits.v_max)
     if level >= HOLD:
-        state.goal[:] = np.nan
+        fill_values(state.goal, np.nan)
         return STOPPED
     if level == SLOW:
         for j in range(state.v_max.shape[0]):
@@ -232,17 +241,17 @@ def _step(state, goal, out_q, out_v):
 @compiled
 def _brake(state, flags):
     """Plan the step that brakes every joint instead; returns `flags` with what that adds."""
-    state.goal[:] = np.nan
+    fill_values(state.goal, np.nan)
     return flags | _step(state, state.goal, state.next_q, state.next_v)
 
 
 @compiled
 def _extend_path(state):
     """Make the planned step the newest of the path, and the mean of the path the planned command."""
-    state.path_q[:] = state.next_q
-    state.path_v[:] = state.next_v
+    copy_values(state.path_q, state.next_q)
+    copy_values(state.path_v, state.next_v)
     state.newest[0] = (state.newest[0] + 1) % state.path.shape[0]
-    state.path[state.newest[0]] = state.next_q
+    copy_values(state.path[state.newest[0]], state.next_q)
     smooth(state.path, state.newest[0], state.smoothing, state.next_q)
     for j in range(state.next_q.shape[0]):
         state.next_v[j] = (state.next_q[j] - state.command_q[j]) / state.period_s
@@ -258,13 +267,13 @@ def _commit(state):
         _extend_path(state)
     note_late(state.safety, COMMAND_REFUSED, is_refused)
     if not is_refused or _is_safe(state):
-        state.command_q[:] = state.next_q
-        state.command_v[:] = state.next_v
+        copy_values(state.command_q, state.next_q)
+        copy_values(state.command_v, state.next_v)
     else:
-        state.path_q[:] = state.command_q
-        state.path_v[:] = 0.0
-        state.path[:] = state.command_q
-        state.command_v[:] = 0.0
+        copy_values(state.path_q, state.command_q)
+        fill_values(state.path_v, 0.0)
+        _fill_path(state, state.command_q)
+        fill_values(state.command_v, 0.0)
     return REFUSED if is_refused else 0
 
 

@@ -186,7 +186,10 @@ def reply_fault(data: NDArray[np.uint8], at: int, received: int, ids: NDArray[np
 
 @compiled
 def _is_in(servo_id: int, ids: NDArray[np.uint8], first: int) -> bool:
-    return bool(np.any(ids[first:] == servo_id))
+    for k in range(first, ids.size):  # noqa: SIM110  compiled: any() of a generator is not
+        if ids[k] == servo_id:
+            return True
+    return False
 
 
 @compiled

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numba.core.errors import NumbaError
 
 from onbeat.kernels.compiled import STAMP, compiled, stamp_sources
 
@@ -47,3 +49,12 @@ def test_what_is_compiled_is_kept_under_the_stamp():
     assert one() == 1
     assert one._cache._cache_file._source_stamp == STAMP
     assert len(STAMP) == 64
+
+
+def test_code_that_would_allocate_is_refused_by_the_compiler():
+    @compiled
+    def larger(values: np.ndarray) -> bool:
+        return (values + 1.0).sum() > 0.0
+
+    with pytest.raises(NumbaError, match="NRT required"):
+        larger(np.zeros(3))

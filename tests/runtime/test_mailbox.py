@@ -8,6 +8,7 @@ import pytest
 
 from onbeat.drivers.feetech.exchange import Wire
 from onbeat.drivers.feetech.protocol import GOAL_REFUSED, NO_REPLY, OK, PORT_LOST
+from onbeat.kernels.arrays import fill_values
 from onbeat.kernels.compiled import compiled
 from onbeat.runtime.link import mailbox_link
 from onbeat.runtime.mailbox import (
@@ -69,7 +70,7 @@ class TestActuatorBox:
     def test_neither_side_ever_sees_half(self, box: ActuatorBox, wire: Wire):
         """The far end answers with its goal, in all places the same number, while the loop sends the next ones."""
         stop = np.zeros(1, np.int64)
-        far_end = threading.Thread(target=echo, args=(box, stop))
+        far_end = threading.Thread(target=echo, args=(box, stop, np.zeros(2)))
         far_end.start()
         torn, fresh = exchange_many(box, wire, np.zeros(2), 50_000)
         stop[0] = 1
@@ -79,8 +80,7 @@ class TestActuatorBox:
 
 
 @compiled
-def echo(box, stop):
-    goal = np.zeros(2)
+def echo(box, stop, goal):
     while stop[0] == 0:
         if take_goal(box, goal):
             put_answer(box, 0, OK, goal, goal, goal)
@@ -91,7 +91,7 @@ def exchange_many(box, wire, goal, count):
     """(answers that were not one number, answers that brought another number)."""
     torn, fresh, last = 0, 0, -1.0
     for k in range(count):
-        goal[:] = k
+        fill_values(goal, k)
         if exchange_mailbox(box, wire, goal, 0) == OK:
             first = wire.position_rad[0]
             torn += 1 if wire.position_rad[1] != first or wire.load[0] != first or wire.load[1] != first else 0
@@ -139,7 +139,7 @@ class TestStateHistory:
 @compiled
 def append_many(ring, state, count):
     for k in range(1, count + 1):
-        state[:] = k
+        fill_values(state, k)
         append_state(ring, k, state)
 
 
