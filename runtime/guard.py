@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 import onbeat
 from onbeat.drivers.feetech.device import FeetechBus
 from onbeat.drivers.feetech.packets import RAD_PER_STEP, steps_of_rad
+from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.guardian import GuardianConfig
+from onbeat.runtime.guardian import PARK_PERIOD_S, GuardianConfig, parking_way
 from onbeat.runtime.heartbeat import DONE, GUARDED, IDLE, WORDS, Heartbeat
-from onbeat.runtime.robots import PARK, Robot
+from onbeat.runtime.robots import HOLD, PARK, Robot
 
 READY_S = 10.0
 POLL_S = 0.002
@@ -62,6 +63,12 @@ class Guard:
         """Whether there is still somebody who would act."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of the guardian's process."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def arm(self) -> None:
         """From now on the guardian acts when this process dies, and when the loop's progress stops."""
         self._set(GUARDED)
@@ -99,6 +106,25 @@ def guardian_config(robot: Robot, bus: FeetechBus, heartbeat: Path) -> GuardianC
         ),
         park_steps_s=config.park_speed_rad_s / RAD_PER_STEP,
     )
+
+
+def end_arm(bus: Actuators, robot: Robot, on_exit: str) -> None:
+    """Bring an arm that rests to the end that its file says. Raises BusError."""
+    if on_exit == PARK:
+        _park(bus, robot)
+    if on_exit != HOLD:
+        bus.enable(False)
+
+
+def _park(bus: Actuators, robot: Robot) -> None:
+    """The guardian's way, from where the arm is."""
+    joints = len(robot.joints)
+    state = JointState(0, np.zeros(joints), np.zeros(joints), np.zeros(joints))
+    bus.read(state)
+    start, end = ([round(q / RAD_PER_STEP) for q in pose] for pose in (state.position_rad, robot.config.park_q))
+    for steps in parking_way(start, end, robot.config.park_speed_rad_s / RAD_PER_STEP):
+        bus.write(np.array(steps) * RAD_PER_STEP)
+        time.sleep(PARK_PERIOD_S)
 
 
 def start_guardian(config: GuardianConfig) -> "subprocess.Popen[bytes]":

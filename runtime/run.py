@@ -164,7 +164,7 @@ def daemon_config(config: RobotConfig, options: RunOptions, folder: Path) -> Dae
 
 def supervise(config: DaemonConfig, folder: Path, screen: TextIO) -> str | None:
     """Run the daemon to its end, with a live line; returns what went wrong. Signals end it with the arm at rest."""
-    failure = None
+    failure, guardian = None, ""
     with start_daemon(config, folder / LOG_FILE) as daemon, signals_stop(daemon):
         assert daemon.stdout is not None
         live = LiveLine(screen, folder / TWIN_FOLDER)
@@ -174,11 +174,19 @@ def supervise(config: DaemonConfig, folder: Path, screen: TextIO) -> str | None:
                 live.show(event)
             elif event["event"] == "error":
                 failure = event["text"] if event["is_known"] else f"{event['text']}: read {folder / LOG_FILE}"
+            elif event["event"] == "guardian":
+                guardian = guardian_text(event)
         live.end()
         code = daemon.wait(END_S)
     if code and failure is None:
         failure = f"the daemon ended with exit code {code}: read {folder / LOG_FILE}"
-    return failure
+    return f"{failure or 'the daemon ended'} ({guardian})" if guardian else failure
+
+
+def guardian_text(event: Mapping[str, Any]) -> str:
+    """What the guardian did, in words."""
+    did = {"hold": "left the arm holding", "relax": "took torque off", "park": "parked the arm"}.get(event["did"])
+    return f"{event['fault']}: the guardian {did or 'could not reach the arm'}"
 
 
 @contextmanager

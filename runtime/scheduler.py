@@ -26,6 +26,7 @@ from onbeat.runtime.safety import Safety, report, set_condition
 from onbeat.runtime.timeline import EMPTY, EXPIRED, NOT_FINITE, OUTSIDE, STALE, Timeline, is_pending
 
 POLL_S = 0.002
+LOW_GATES = 3  # chunks in a row whose gate is low: the cameras show what the policy does not know
 FAULT_OF_REFUSAL = {
     EXPIRED: Fault.CHUNK_EXPIRED,
     STALE: Fault.CHUNK_STALE,
@@ -103,6 +104,7 @@ class Scheduler:
         self._chunker = chunker
         self._cameras, self._history, self._log, self._clock = cameras, history, log, clock
         self._instruction = self._warm_instruction = instruction
+        self._low_gates = 0
 
     @property
     def timeline(self) -> Timeline:
@@ -193,8 +195,11 @@ class Scheduler:
             self._report(Fault.CHUNK_OVERTAKEN)
         if is_new:
             self._report(Fault.INSTRUCTION_CHANGED)
+        gate, low = plan.output.gate, self._chunker.robot.config.min_gate
+        self._low_gates = self._low_gates + 1 if gate.size and gate.mean() < low else 0
         if self._safety is not None:
             set_condition(self._safety, Fault.DELAY_OVER_BUDGET, bool(self.status.warning))
+            set_condition(self._safety, Fault.PERCEPTION_SHIFT, self._low_gates >= LOW_GATES)
 
     def _report(self, fault: Fault) -> None:
         if self._safety is not None:

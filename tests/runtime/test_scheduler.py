@@ -19,7 +19,7 @@ from onbeat.runtime.record import ChunkLog
 from onbeat.runtime.robots import Robot, build_robot, load_robot
 from onbeat.runtime.scheduler import Blind, NoFrames, Scheduler, observe
 from onbeat.runtime.tick import new_tick_state
-from onbeat.runtime.timeline import STALE, Timeline, committed_target, find_slot, publish, refusals
+from onbeat.runtime.timeline import STALE, committed_target, find_slot, publish, refusals
 
 MS = 1_000_000
 PERIOD_NS = 100 * MS
