@@ -32,6 +32,7 @@ TRIES = 10
 PARK_PERIOD_S = 0.02
 SHORTEST_PARK_S = 0.5  # a way of a few degrees is no reason to hurry
 PRIORITY = 55  # above the loop's 50: one that spins must not keep its guardian from acting
+_PF_EXITING, _PF_SIGNALED = 0x4, 0x400  # include/linux/sched.h, the same since 2.6
 KEEP_WHEN_MEMORY_IS_SHORT = "-900"
 
 HOLD, RELAX, PARK = "hold", "relax", "park"  # as in robots.py
@@ -83,7 +84,7 @@ def watch(heartbeat: Heartbeat, runtime: "Runtime", limit_s: float) -> str | Non
     """Return when there is something to do: "RUNTIME_DEAD" or "RUNTIME_HUNG" of the fault table, None for nothing."""
     patience, last_s = Patience(limit_s), time.monotonic()
     while True:
-        beat, is_dead, now_s = heartbeat.look(), runtime.is_dead(), time.monotonic()
+        beat, is_dead, now_s = heartbeat.look(), runtime.is_dead() or runtime.is_dying(), time.monotonic()
         if beat.phase == DONE or (is_dead and beat.phase != GUARDED):
             return None
         is_over = patience.is_over(beat, now_s - last_s)
@@ -99,6 +100,7 @@ class Runtime:
     """The guarded process, by a descriptor that never means another one."""
 
     def __init__(self, pid: int) -> None:
+        self._pid = pid
         try:
             self._fd = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -106,6 +108,14 @@ class Runtime:
 
     def is_dead(self, wait_s: float = 0.0) -> bool:
         return self._fd < 0 or bool(select.select([self._fd], [], [], wait_s)[0])
+
+    def is_dying(self) -> bool:
+        """Whether it was killed and the kernel still takes its memory apart, which holds its lock for that long."""
+        try:
+            flags = int(Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[6])
+        except OSError:
+            return True
+        return bool(flags & (_PF_EXITING | _PF_SIGNALED))
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone: nobody may write beside the guardian."""
