@@ -194,7 +194,10 @@ def run_mode(robot: Robot, setting: Setting, mode: str) -> Traced:
 
 
 def run_queue(robot: Robot, setting: Setting, queue: Any, to_tensor: Callable[[Array], Any]) -> Traced:
-    """LeRobot's queue: asked for an action per policy period, given each chunk with its delay rounded up."""
+    """LeRobot's queue: asked for an action per policy period, given each chunk with its delay rounded up.
+
+    Where it replaces, inference never pauses; where it appends, one starts when it is empty: as LeRobot's examples do.
+    """
     policy = ModelPolicy(robot, setting, trained_delay=0)
     limits, tick_ns = robot.limits, round(1e9 / robot.config.loop_rate_hz)
     q, v, target = path(robot, np.zeros(1)), np.zeros(len(robot.joints)), np.full(len(robot.joints), np.nan)
@@ -208,7 +211,7 @@ def run_queue(robot: Robot, setting: Setting, queue: Any, to_tensor: Callable[[A
             queue.merge(to_tensor(coming), to_tensor(coming), delay, index)
             coming, is_new = None, policy.count > 1
         if now_ns % robot.policy_period_ns == 0:
-            if coming is None:
+            if coming is None and (queue.cfg.enabled or queue.empty()):
                 ready_ns, begun_ns, index = now_ns + int(takes_ns[policy.count]), now_ns, queue.get_action_index()
                 coming = policy.own_rows(now_ns)
                 policy.count += 1
