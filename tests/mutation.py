@@ -41,7 +41,7 @@ BEHIND = (
     "tests/runtime/test_chunk_schedules.py",
     "tests/runtime/test_scheduler.py",
 )
-LIMIT_S = 300  # a mutant that never ends is noticed as well
+PLAIN_LIMIT_S, LIMIT_S = 45, 400  # a mutant that never ends is noticed as well
 
 # What changes nothing that could be seen, and why. The text of the changed line -> reason.
 EQUIVALENT: dict[tuple[str, str], str] = {}
@@ -125,9 +125,10 @@ def _passes(tree: Path, tests: Sequence[str], *, plain: bool) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(tree), "ONBEAT_PLAIN": "1" if plain else "", "OMP_NUM_THREADS": "1"}
     if plain:
         environment["NUMBA_DISABLE_JIT"] = "1"
+    limit_s = PLAIN_LIMIT_S if plain else LIMIT_S
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -162,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     names = options.files
     paths = [path for path in TESTS if not names or Path(path).stem in names]
-    survivors, total = [], 0
+    survivors: list[Mutant] = []
+    total = 0
     with tempfile.TemporaryDirectory() as scratch:
         tree = copy_tree(Path(scratch))
         for path in paths:
