@@ -147,3 +147,13 @@ ROTATION_SIZES = {
     "euler_ypr": 3,
     "rotation_6d": 6,
 }
+
+
+def turn_further(start: Array, by: Array, form: str) -> Array:
+    """The rotation (..., d) that comes of `start` and then the turn `by` about axes of the parent frame."""
+    return _WRITERS[form](_READERS[form](by) @ _READERS[form](start))
+
+
+def turn_between(start: Array, end: Array, form: str) -> Array:
+    """The turn `by` with turn_further(start, by) = end, (..., d)."""
+    return _WRITERS[form](_READERS[form](end) @ np.swapaxes(_READERS[form](start), -1, -2))

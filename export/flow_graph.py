@@ -1,4 +1,4 @@
-"""The flow graph: the prefix's keys and values, noise and a committed prefix in; one chunk of actions out.
+"""The flow graph: the prefix's keys and values, noise, a committed prefix and guidance in; one chunk of actions out.
 
 I iterations, T flow steps, C chunk rows, E width of the action stream, H of the understanding stream, M directions,
 k key-value heads, d head width, N prefix tokens. All steps of all iterations are unrolled and share their weights.
@@ -20,7 +20,7 @@ from onbeat.runtime.engine import SamplerSpec
 from onbeat.training.config import PolicyConfig
 from onbeat.training.model import gating
 from onbeat.training.model.heads import embed_time
-from onbeat.training.model.sampler import CLEAN_BUCKET, time_buckets
+from onbeat.training.model.sampler import CLEAN_BUCKET, pull_limit, time_buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,14 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
+class Guide:
+    """The pull towards the previous chunk: `weights` (C, 1) and `beta`, a scalar. See runtime.engine.Guidance."""
+
+    weights: str
+    beta: str
+
+
+@dataclass(frozen=True, slots=True)
 class FlowWriter:
     """One flow graph in the making, and what every step of it needs."""
 
@@ -50,6 +58,7 @@ class FlowWriter:
     sampler: SamplerSpec
     cache: Cache
     prefix: Prefix
+    guide: Guide
     directions: str | None
 
 
@@ -66,7 +75,7 @@ def add_flow(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) -> None:
     with graph.scope("prefix"):
         rows = graph.weight("rows", np.arange(chunk, dtype=np.int64)[:, None])
         prefix = Prefix(frozen=graph.op("Less", rows, delay), actions=prev_chunk)
-    writer = FlowWriter(graph, config, sampler, cache, prefix, directions)
+    writer = FlowWriter(graph, config, sampler, cache, prefix, _guide_inputs(graph, chunk), directions)
     actions, gates, costs = _iterations(writer, noise)
     graph.output(actions, "actions", np.float32, [chunk, UNIFIED_DIM])
     if gates:
@@ -82,6 +91,13 @@ def _cache_inputs(graph: Graph, config: PolicyConfig) -> tuple[list[str], list[s
         for index in range(config.decoder.layers)
     ]
     return [key for key, _ in pairs], [value for _, value in pairs]
+
+
+def _guide_inputs(graph: Graph, chunk: int) -> Guide:
+    weights = graph.input("guidance_weights", np.float32, [chunk])
+    beta = graph.input("guidance_beta", np.float32, [])
+    with graph.scope("guidance"):
+        return Guide(graph.op("Unsqueeze", weights, graph.ints([1])), beta)
 
 
 def _directions_input(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) -> str | None:
@@ -132,7 +148,7 @@ def _integrate(
                 features, gate, cost = refine(writer, features, anchor, directions)
                 gates.append(gate)
                 costs.append(cost)
-            velocity = predict_velocity(writer, features)
+            velocity = pull(writer, predict_velocity(writer, features), x, step / steps)
             x = commit(writer, graph.op("Add", x, graph.op("Div", velocity, graph.floats(steps))))
     return x
 
@@ -140,6 +156,18 @@ def _integrate(
 def commit(writer: FlowWriter, x: str) -> str:
     """Overwrite the committed rows of x (C, 200)."""
     return writer.graph.op("Where", writer.prefix.frozen, writer.prefix.actions, x)
+
+
+def pull(writer: FlowWriter, velocity: str, x: str, time: float) -> str:
+    """The velocity (C, 200) at (x, time) with the guidance; where its gain is 0, the same bits as without."""
+    graph, guide = writer.graph, writer.guide
+    with graph.scope("pull"):
+        limit = graph.floats(min(pull_limit(time), float(np.finfo(np.float32).max)))
+        gain = graph.op("Mul", guide.weights, graph.op("Min", guide.beta, limit))
+        reached = graph.op("Add", x, graph.op("Mul", velocity, graph.floats(1 - time)))
+        missing = graph.op("Sub", writer.prefix.actions, reached)
+        pulled = graph.op("Add", velocity, graph.op("Mul", gain, missing))
+        return graph.op("Where", graph.op("Greater", gain, graph.floats(0)), pulled, velocity)
 
 
 def bucket_bias(parameters: Parameters, bucket: int) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.bundle import Proof
-from onbeat.runtime.engine import Engine, PolicyInputs, PolicySpec
+from onbeat.runtime.engine import Engine, Guidance, PolicyInputs, PolicySpec
 from onbeat.runtime.onnx_engine import CacheHandle, OnnxEngine
 from onbeat.runtime.policy import draw_directions, draw_noise
 from onbeat.runtime.prompt import Prompt
@@ -28,13 +28,17 @@ class ProofFailed(OnbeatError):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One random question. The delay is 0 in the first draw, then random; prev_chunk's length is random."""
+    """One random question. The delay is 0 in the first draw, then random; prev_chunk's length is random.
+
+    guidance: from the third draw on.
+    """
 
     inputs: PolicyInputs
     noise: NDArray[np.float32]
     directions: NDArray[np.float32] | None
     prev_chunk: NDArray[np.float32]
     delay: int
+    guidance: Guidance | None = None
 
 
 def prove(
@@ -71,7 +75,15 @@ def draw_inputs(generator: np.random.Generator, spec: PolicySpec, prompt: Prompt
         directions=draw_directions(generator, spec),
         prev_chunk=generator.standard_normal((generator.integers(1, 2 * spec.chunk), UNIFIED_DIM), np.float32),
         delay=int(generator.integers(1, spec.chunk + 1)) if index else 0,
+        guidance=draw_guidance(generator, spec) if index >= 2 else None,
     )
+
+
+def draw_guidance(generator: np.random.Generator, spec: PolicySpec) -> Guidance:
+    """Random weights, one of them 0, and a beta up to the largest."""
+    weights = generator.uniform(0, 1, spec.chunk).astype(np.float32)
+    weights[generator.integers(spec.chunk)] = 0.0
+    return Guidance(weights, float(generator.uniform(0, spec.sampler.flow_steps)))
 
 
 def compare_caches(exported: CacheHandle, reference: Cache, state_index: int) -> float:
@@ -95,5 +107,12 @@ def scaled_difference(found: NDArray[np.float32], expected: NDArray[np.float32])
 
 
 def _flow(engine: Engine, cache: object, draw: Draw) -> tuple[NDArray[np.float32], ...]:
-    result = engine.flow(cache, draw.noise, directions=draw.directions, prev_chunk=draw.prev_chunk, delay=draw.delay)
+    result = engine.flow(
+        cache,
+        draw.noise,
+        directions=draw.directions,
+        prev_chunk=draw.prev_chunk,
+        delay=draw.delay,
+        guidance=draw.guidance,
+    )
     return result.actions, result.gate, result.cost

@@ -5,8 +5,10 @@ send rows as set-points; joining them by lines is the least that makes one polic
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from onbeat.kernels.arrays import copy_values, fill_values
+from onbeat.kernels.compiled import compiled
 
 BEFORE_FIRST_ROW = -1
 
@@ -31,15 +33,15 @@ def interpolate_reference(
     return row, fraction
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def interpolate(targets, length, t0_ns, period_ns, now_ns, out):
     """The compiled variant of `interpolate_reference`; allocates nothing."""
     row = (now_ns - t0_ns) // period_ns
     if row < 0 or row >= length:
-        out[:] = np.nan
+        fill_values(out, np.nan)
         return (BEFORE_FIRST_ROW if row < 0 else length), 0.0
     if row == length - 1:
-        out[:] = targets[row]
+        copy_values(out, targets[row])
         return row, 0.0
     fraction = (now_ns - t0_ns - row * period_ns) / period_ns
     for joint in range(out.shape[0]):

@@ -1,4 +1,4 @@
-"""One period's step of a commanded joint towards a target, inside position, velocity and acceleration limits.
+"""One period's step of a commanded joint towards a target, inside position, velocity, acceleration and jerk limits.
 
 Everything is discrete: v is the difference of two commands over the period dt, and the largest change of v in a
 period is h = a_max * dt. Coming to rest from a step at u takes the steps u, u - h, u - 2h, ..., so u may be commanded
@@ -9,13 +9,19 @@ only if
 `approach_speed` is the largest such u. Keeping below it towards the target, at every step, is what ends there without
 overshoot; and as every target is first cut to the position range, it is also what leaves room to stop inside the range,
 whatever target comes next: docs/decisions/0012 has the argument and the figures.
+
+The jerk is limited afterwards: the command is the mean of the last n steps of that path. A mean of positions, speeds or
+accelerations that are inside their limits is inside them too, a mean of a path that does not overshoot does not, and
+accelerations of +-a_max cannot change faster than 2 a_max / (n dt). The price is a lag of (n - 1) / 2 periods:
+docs/decisions/0021.
 """
 
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from onbeat.kernels.compiled import compiled
 
 Joints = NDArray[np.float64]
 
@@ -60,7 +66,7 @@ def approach_speed_reference(gap: float, h: float, dt: float) -> float:
     return max(0.0, (gap / dt + h * whole_steps * (whole_steps + 1) / 2) / (whole_steps + 1))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def approach_speed(gap, h, dt):
     """`approach_speed_reference` with the number of braking steps in closed form: n (n+1) / 2 <= gap / (dt h)."""
     if gap <= 0.0:
@@ -69,7 +75,7 @@ def approach_speed(gap, h, dt):
     return (gap / dt + h * n * (n + 1.0) / 2.0) / (n + 1.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def limit(q, v, target, q_min, q_max, v_max, a_max, dt, out_q, out_v):
     """The compiled variant of `limit_reference`: writes (out_q, out_v), which may be (q, v), and returns the flags."""
     flags = 0
@@ -79,7 +85,7 @@ def limit(q, v, target, q_min, q_max, v_max, a_max, dt, out_q, out_v):
     return flags
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _limit_joint(q, v, target, q_min, q_max, v_max, a_max, dt):
     h = a_max * dt
     wanted, flags = 0.0, HELD
@@ -94,6 +100,43 @@ def _limit_joint(q, v, target, q_min, q_max, v_max, a_max, dt):
         flags |= VELOCITY if abs(wanted) > v_max else 0
         flags |= ACCELERATION if abs(v_next - min(max(wanted, -v_max), v_max)) > TOLERANCE else 0
     return q_next, v_next, flags
+
+
+@compiled
+def braking_steps(v, h):
+    """How many steps of v - h, v - 2h, ... are left before rest."""
+    return math.floor(abs(v) / h)
+
+
+@compiled
+def braking_distance(v, h, dt, steps):
+    """How far (rad, signed) the first `steps` of the steps v - h, v - 2h, ... lead, or all of fewer."""
+    n = min(steps, braking_steps(v, h))
+    return math.copysign(dt * (n * abs(v) - h * n * (n + 1.0) / 2.0), v)
+
+
+def smoothing_ticks(a_max: Joints, j_max: Joints, dt: float) -> NDArray[np.int64]:
+    """Over how many steps (J,) the path is averaged so that its jerk stays below j_max (J,), rad/s^3."""
+    return np.maximum(1, np.ceil(2.0 * a_max / (j_max * dt) - TOLERANCE)).astype(np.int64)
+
+
+def smooth_reference(path: NDArray[np.float64], ticks: NDArray[np.int64]) -> Joints:
+    """The mean of the last ticks[j] steps of each joint. path: (N, J), newest last, N at least the largest of ticks."""
+    return np.array([path[-n:, j].mean() for j, n in enumerate(ticks)])
+
+
+@compiled
+def smooth(path, newest, ticks, out):
+    """The compiled variant of `smooth_reference` on a ring: path[newest] is the newest, newest - 1 the one before.
+
+    Differences to the newest are averaged, so that a path at rest comes out exactly as it is.
+    """
+    size = path.shape[0]
+    for j in range(ticks.shape[0]):
+        total = 0.0
+        for k in range(1, ticks[j]):
+            total += path[(newest - k) % size, j] - path[newest, j]
+        out[j] = path[newest, j] + total / ticks[j]
 
 
 def _limit_numba(q, v, target, q_min, q_max, v_max, a_max, dt):

@@ -3,10 +3,12 @@
     python -m onbeat.runtime.daemon < config.json
 
 Reads a `DaemonConfig` as JSON on stdin and tells what happens as lines of JSON on stdout; ends on SIGTERM or
-SIGINT with the arm at rest. Three threads: the loop, the inference, and this one, which waits and reports.
+SIGINT with the arm at rest. Four threads: the loop, which is compiled and needs no interpreter, the inference, one
+that keeps the loop's records, and this one, which waits and reports.
 """
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -21,27 +23,33 @@ from PIL import Image
 
 from onbeat.calibration.joints import load_joints
 from onbeat.drivers.feetech.device import BusSettings, FeetechBus
-from onbeat.drivers.interfaces import Camera
+from onbeat.drivers.feetech.errors import BusError
+from onbeat.drivers.interfaces import Actuators, Camera
 from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime import record
-from onbeat.runtime.loop import (
-    ControlLoop,
-    ExchangingActuators,
-    StateHistory,
-    prepare_lock_holder,
-    prepare_real_time,
-)
+from onbeat.runtime.camera_watch import WATCH_PERIOD_S, CameraWatch
+from onbeat.runtime.chunker import Chunker, Policy
+from onbeat.runtime.faults import ROW, Fault, Level
+from onbeat.runtime.guard import Guard, end_arm
+from onbeat.runtime.loop import ControlLoop, compile_ahead
+from onbeat.runtime.mailbox import PROGRESS_WORDS, StateHistory
+from onbeat.runtime.modes import ASYNC, choose_mode
 from onbeat.runtime.policy import load_policy
+from onbeat.runtime.realtime import prepare_inference, prepare_real_time
 from onbeat.runtime.record import ChunkLog, TickLog
 from onbeat.runtime.robots import RELAX, Robot, as_json, build_robot, from_json
-from onbeat.runtime.scheduler import Policy, Scheduler
-from onbeat.runtime.tick import JointLimits, new_tick_state, tick
-from onbeat.runtime.timeline import publish
+from onbeat.runtime.safety import NO_FAULT, onsets, report, set_condition
+from onbeat.runtime.scheduler import Scheduler
+from onbeat.runtime.tick import TickState, new_tick_state
+from onbeat.runtime.timeline import refusals
 
 STATUS_PERIOD_S = 0.2
+DRAIN_PERIOD_S = 0.1  # of the loop's records, of which its ring holds seconds
 JOIN_S = 10.0  # an inference that is under way when the run ends is waited for this long
+INFERENCE = "inference"  # the name of its thread
+SPARE_BYTES = 4_000_000  # beside the records: pictures, report
 SPARE_TICKS = 1000  # room for the ticks of coming to rest
 MOST_CHUNKS_PER_S = 50
 FRAMES_FOLDER = "frames"
@@ -53,7 +61,8 @@ Say = Callable[[Mapping[str, Any]], None]
 class DaemonConfig:
     """All that a daemon is told. robot: a RobotConfig as JSON, with port and cameras filled in. seconds: of motion.
 
-    seed: of the policy's noise. run_dir: where the records go. threads: of the inference engine.
+    seed: of the policy's noise. run_dir: where the records go. threads: of the inference engine. mode: one of
+    modes.MODES, "" for the checkpoint's own.
     """
 
     robot: Mapping[str, Any]
@@ -63,13 +72,23 @@ class DaemonConfig:
     seed: int
     run_dir: str
     threads: int = 1
+    mode: str = ""
+    allow_untrained_prefix: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> "DaemonConfig":
         return cls(**json.loads(text))
 
 
-class BusWithFaults(ExchangingActuators, Protocol):
+class RunEnded(OnbeatError):
+    """A fault of the table ended the run; the arm came to rest, or was let go where the table says so."""
+
+
+class RecordsLost(OnbeatError):
+    """The run's records could not be written. The arm was at its end before."""
+
+
+class BusWithFaults(Actuators, Protocol):
     """Actuators that also count what went wrong."""
 
     def faults(self) -> dict[str, int]: ...
@@ -88,7 +107,10 @@ class Failure:
 
 @dataclass(slots=True)
 class Session:
-    """A run on devices that are open: warm up, move for a while, come to rest. `run` is called once."""
+    """A run on devices that are open: warm up, move for a while, come to rest. `run` is called once.
+
+    guard: who acts when this process can not. run_dir: where the records will have to fit. free_bytes: of a folder.
+    """
 
     robot: Robot
     policy: Policy
@@ -98,52 +120,92 @@ class Session:
     seconds: float
     say: Say
     stop: threading.Event = field(default_factory=threading.Event)
+    mode: str = ASYNC
+    allow_untrained_prefix: bool = False
+    guard: Guard | None = None
+    run_dir: Path | None = None
+    free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
     failure: Failure = field(default_factory=Failure)
     real_time: dict[str, str] = field(default_factory=dict)
     warm_up_ns: list[int] = field(default_factory=list)
+    state: TickState = field(init=False)
     loop: ControlLoop = field(init=False)
+    watch: CameraWatch = field(init=False)
     scheduler: Scheduler = field(init=False)
     ticks: TickLog = field(init=False)
     chunks: ChunkLog = field(init=False)
 
     def __post_init__(self) -> None:
         robot, rows, joints = self.robot, self.policy.spec.chunk, len(self.robot.joints)
-        state = new_tick_state(robot.limits, rate_hz=robot.config.loop_rate_hz, rows=rows)
+        state = self.state = new_tick_state(
+            robot.limits,
+            rate_hz=robot.config.loop_rate_hz,
+            rows=rows,
+            workspace=robot.workspace(),
+            settings=robot.safety,
+        )
         history = StateHistory(joints)
         self.ticks = TickLog(int(self.seconds * robot.config.loop_rate_hz) + SPARE_TICKS, joints)
         self.chunks = ChunkLog(int(self.seconds * MOST_CHUNKS_PER_S) + 1, rows, joints)
-        self.loop = ControlLoop(state, self.bus, log=self.ticks, history=history)
+        progress = None if self.guard is None else self.guard.words[:PROGRESS_WORDS]
+        self.loop = ControlLoop(state, self.bus, history=history, progress=progress)
+        self.watch = CameraWatch(self.cameras, state.safety)
+        chunker = Chunker(self.policy, robot, state.timeline, self.mode, self.allow_untrained_prefix)
         self.scheduler = Scheduler(
-            self.policy,
-            robot,
-            state.timeline,
+            chunker,
             cameras=self.cameras,
             history=history,
             log=self.chunks,
             instruction=self.instruction,
+            safety=state.safety,
         )
 
     def run(self) -> None:
-        """Everything from the first reading to rest. Raises what a thread raised, after the arm was brought to rest."""
+        """Everything from the first reading to rest and to what `on_exit` says.
+
+        Raises what a thread raised, or RunEnded for a fault that ended the run, after the arm was brought to rest.
+        """
         compile_ahead(self.robot.limits)
         self.loop.read_first()
         self.warm_up_ns = self.scheduler.warm_up()
+        if self.guard is not None:
+            self.guard.arm()
         self.bus.enable(True)
-        threads = [self._thread("loop", self._run_loop), self._thread("inference", self._run_inference)]
-        self._report_until_end(threads)
-        if self.robot.config.on_exit == RELAX:
-            self.bus.enable(False)
+        work = {"loop": self._run_loop, INFERENCE: self._run_inference, "records": self._keep_records}
+        self._report_until_end([self._thread(name, run) for name, run in work.items()])
+        self._end_arm()
+        self._name_fault()
         if self.failure.error is not None:
             raise self.failure.error
+
+    def _end_arm(self) -> None:
+        """What the robot file says; a bus that does not obey is left to the guardian, which goes on asking."""
+        is_limp = self.state.safety.level[0] >= Level.LIMP
+        try:
+            end_arm(self.bus, self.robot, RELAX if is_limp else self.robot.config.on_exit)
+        except BusError as error:
+            self.failure.keep(error)
+        else:
+            if self.guard is not None:
+                self.guard.release()
+
+    def _name_fault(self) -> None:
+        fault = int(self.state.safety.ended_by[0])
+        if fault not in (NO_FAULT, Fault.STOP_REQUESTED):
+            self.failure.keep(RunEnded(f"{Fault(fault).name}, {ROW[Fault(fault)].cause}: read docs/faults.md"))
 
     def _run_loop(self) -> None:
         self.real_time |= prepare_real_time()
         self.loop.read_first()
-        self.loop.run(self.stop)
+        self.loop.run()
 
     def _run_inference(self) -> None:
-        self.real_time["inference SCHED_RR"] = prepare_lock_holder()
+        self.real_time["inference SCHED_RR"] = prepare_inference()
         self.scheduler.run(self.stop)
+
+    def _keep_records(self) -> None:
+        while not self.stop.wait(DRAIN_PERIOD_S):
+            self.ticks.take(self.loop.records)
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=self._guard, args=(work,), name=name)
@@ -156,23 +218,40 @@ class Session:
             work()
         except BaseException as error:
             self.failure.keep(error)
+            if threading.current_thread().name == INFERENCE:
+                report(self.state.safety, Fault.INFERENCE_DIED)
         finally:
             self.stop.set()
 
     def _report_until_end(self, threads: Sequence[threading.Thread]) -> None:
-        ends_s = time.monotonic() + self.seconds
-        while not self.stop.wait(min(STATUS_PERIOD_S, max(0.0, ends_s - time.monotonic()))):
-            self.say({"event": "status", **self.status()})
+        while self.loop.status.ticks == 0 and not self.stop.wait(WATCH_PERIOD_S):
+            pass
+        ends_s, next_status_s = time.monotonic() + self.seconds, 0.0
+        while not self.stop.wait(min(WATCH_PERIOD_S, max(0.0, ends_s - time.monotonic()))):
+            self.watch.look(time.monotonic_ns(), self.state.measured_q.copy())
+            if time.monotonic() >= next_status_s:
+                next_status_s = time.monotonic() + STATUS_PERIOD_S
+                self._look_around()
+                self.say({"event": "status", **self.status()})
             if time.monotonic() >= ends_s:
                 self.stop.set()
+        self.loop.stop()
         for thread in threads:
             thread.join(JOIN_S)
+        self.ticks.take(self.loop.records)
+
+    def _look_around(self) -> None:
+        """At what is no tick's and no camera's affair."""
+        safety = self.state.safety
+        set_condition(safety, Fault.GUARDIAN_LOST, self.guard is not None and not self.guard.is_alive)
+        if self.run_dir is not None:
+            needed = self.ticks.nbytes + self.chunks.nbytes + SPARE_BYTES
+            set_condition(safety, Fault.DISK_FULL, self.free_bytes(self.run_dir) < needed)
 
     def status(self) -> dict[str, Any]:
         """The run so far, for a line on a terminal. Times in ms."""
         loop, scheduler = self.loop.status, self.scheduler.status
-        start_ns = self.ticks.start_ns[: self.ticks.count]
-        elapsed_s = (start_ns[-1] - start_ns[0]) / 1e9 if len(start_ns) > 1 else 0.0
+        elapsed_s = max(0, loop.latest_ns - loop.started_ns) / 1e9 if loop.ticks > 1 else 0.0
         entries = self.chunks.entries[: self.chunks.count]
         latency = np.median(entries["published_ns"] - entries["started_ns"]) / 1e6 if len(entries) else None
         return {
@@ -186,43 +265,64 @@ class Session:
             "chunks": scheduler.inferences,
             "late": scheduler.late,
             "stale": scheduler.stale,
+            "wrong_clock": scheduler.wrong_clock,
+            "withdrawn": scheduler.withdrawn,
             "delay_steps": scheduler.delay_steps,
+            "bound_broken": scheduler.bound_broken,
+            "warning": scheduler.warning,
+            "level": Level(int(self.state.safety.level[0])).name,
+            "faults": {name: count for name, count in onsets(self.state.safety).items() if count},
         }
-
-
-def compile_ahead(limits: JointLimits) -> None:
-    """Compile (seconds at the very first run, then cached) on a state that drives nothing."""
-    state = new_tick_state(limits, rate_hz=100.0, rows=2)
-    state.measured_q[:] = limits.q_min
-    publish(state.timeline, np.zeros((2, len(limits.q_min))), t0_ns=0, period_ns=1, now_ns=0)
-    for now_ns in range(2):
-        tick(state, now_ns)
 
 
 def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
     """Open everything, refuse what does not fit, run, and write the records. Raises OnbeatError."""
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     robot = build_robot(from_json(config.robot))
-    policy = load_policy(config.bundle, embodiment=robot.embodiment, threads=config.threads, seed=config.seed)
+    policy = load_policy(
+        config.bundle,
+        embodiment=robot.embodiment,
+        threads=config.threads,
+        seed=config.seed,
+        allow_untrained_prefix=config.allow_untrained_prefix,
+    )
+    mode = choose_mode(policy.spec, config.mode, allow_untrained_prefix=config.allow_untrained_prefix)
     policy.language.prompt(config.instruction)
     joints = load_joints(Path(robot.config.calibration), robot.joints)
     settings = BusSettings(baud_rate=robot.config.baud_rate, retries=robot.config.bus_retries)
     with ExitStack() as devices:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
         bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
-        session = Session(robot, policy, bus, cameras, config.instruction, config.seconds, say, stop)
-        say({"event": "opened", "joints": robot.joints, "cameras": list(robot.config.cameras)})
-        session.real_time["status SCHED_RR"] = prepare_lock_holder()
+        guard = devices.enter_context(Guard(robot, bus))
+        session = Session(
+            robot,
+            policy,
+            bus,
+            cameras,
+            config.instruction,
+            config.seconds,
+            say,
+            stop,
+            mode,
+            config.allow_untrained_prefix,
+            guard,
+            Path(config.run_dir),
+        )
+        say({"event": "opened", "joints": robot.joints, "cameras": list(robot.config.cameras), "mode": mode})
         try:
             session.run()
         finally:
-            save_frames(Path(config.run_dir) / FRAMES_FOLDER, cameras)
-            record.save(
-                Path(config.run_dir),
-                ticks=session.ticks,
-                chunks=session.chunks,
-                run={"started": started, "config": asdict(config), **outcome(session)},
-            )
+            keep_records(config, session, {"started": started, "config": asdict(config), **outcome(session)})
+
+
+def keep_records(config: DaemonConfig, session: Session, run: Mapping[str, Any]) -> None:
+    """Write what the run leaves behind. Raises RecordsLost."""
+    folder = Path(config.run_dir)
+    try:
+        save_frames(folder / FRAMES_FOLDER, session.cameras)
+        record.save(folder, ticks=session.ticks, chunks=session.chunks, run=run)
+    except OSError as error:
+        raise RecordsLost(f"the records in {folder} are incomplete ({error.strerror}): make room") from error
 
 
 def outcome(session: Session) -> dict[str, Any]:
@@ -230,14 +330,17 @@ def outcome(session: Session) -> dict[str, Any]:
     error = session.failure.error
     return {
         "joints": list(session.robot.joints),
+        "mode": session.mode,
+        "refused_chunks": refusals(session.scheduler.timeline),
         "policy_period_ns": session.robot.policy_period_ns,
         "robot": as_json(session.robot.config),
         "status": session.status(),
         "bus": session.bus.faults(),
         "real_time": session.real_time,
         "warm_up_ns": session.warm_up_ns,
-        "dropped_records": session.ticks.dropped + session.chunks.dropped,
+        "dropped_records": session.ticks.dropped + int(session.loop.records.dropped[0]) + session.chunks.dropped,
         "error": None if error is None else str(error) or type(error).__name__,
+        "faults": onsets(session.state.safety),
         "modules": loaded_modules(),
     }
 

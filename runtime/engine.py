@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from onbeat.embodiment.errors import OnbeatError
+
 # V views, S image side in pixels, N prefix tokens, C chunk rows, A = 200 unified action slots,
 # I sampler iterations (1 + refinements), T flow steps, M gate directions, H width of the understanding stream.
 
@@ -44,7 +46,10 @@ class SamplerSpec:
 
 @dataclass(frozen=True, slots=True)
 class PolicySpec:
-    """Shapes and abilities of a policy. trained_delay: largest prefix the checkpoint was trained with, 0 if none."""
+    """Shapes and abilities of a policy. trained_delay: largest prefix the checkpoint was trained with, 0 if none.
+
+    guidance: whether the sampler can be pulled towards a previous chunk; bundles of older versions cannot.
+    """
 
     views: int
     image_size: int
@@ -53,6 +58,37 @@ class PolicySpec:
     understanding_width: int
     trained_delay: int
     sampler: SamplerSpec
+    guidance: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """How strongly the sampler is pulled towards the previous chunk: v += min(beta, p(t)) w (prev - a1).
+
+    v is the velocity at (x, t), a1 = x + (1 - t) v the actions it leads to, p(t) = (t^2 + (1-t)^2) / (t (1-t)).
+    weights: w, (C,) float32 in 0..1, a number per row. beta: at most T, for an Euler step of 1/T overshoots above it.
+    Source: arXiv 2506.07339 without its Jacobian, which leaves an element-wise correction.
+    """
+
+    weights: NDArray[np.float32]
+    beta: float
+
+
+class GuidanceError(OnbeatError):
+    """A guidance that the policy cannot follow."""
+
+
+def check_guidance(guidance: Guidance, prev_chunk: NDArray[np.float32] | None, spec: PolicySpec) -> None:
+    """Raise GuidanceError for what this policy cannot be guided by."""
+    weights, most = guidance.weights, spec.sampler.flow_steps
+    if not spec.guidance:
+        raise GuidanceError("this bundle's flow graph takes no guidance: export the checkpoint again")
+    if prev_chunk is None:
+        raise GuidanceError("guidance without a previous chunk: give prev_chunk")
+    if weights.shape != (spec.chunk,) or not ((weights >= 0) & (weights <= 1)).all():
+        raise GuidanceError(f"guidance weights must be {spec.chunk} numbers from 0 to 1: give one per row")
+    if not 0 <= guidance.beta <= most:
+        raise GuidanceError(f"a guidance of beta {guidance.beta} overshoots in {most} flow steps: give 0 to {most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +118,12 @@ class Engine(Protocol):
         directions: NDArray[np.float32] | None = None,
         prev_chunk: NDArray[np.float32] | None = None,
         delay: int = 0,
+        guidance: Guidance | None = None,
     ) -> FlowResult:
         """Sample one chunk.
 
         noise: (I, C, 200). directions: raw, (I-1, T, M, H), required when the gate is "directions". prev_chunk:
-        (R, 200), row 0 due at the observation's time, padded by its last row or cut to C; its first `delay` rows stay.
+        (R, 200), row 0 due at the observation's time, padded by its last row or cut to C; its first `delay` rows stay,
+        and `guidance` pulls the others towards its rows.
         """
         ...

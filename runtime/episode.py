@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from onbeat.drivers.feetech.protocol import RAD_PER_STEP
 from onbeat.drivers.interfaces import Frame
 from onbeat.drivers.twin.referee import Referee
+from onbeat.runtime.chunker import Chunker, Plan, Policy
+from onbeat.runtime.modes import choose_mode
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.policy import draw_noise
 from onbeat.runtime.robots import Robot, state_values
-from onbeat.runtime.scheduler import DelayEstimate, Plan, Policy
-from onbeat.runtime.scheduler import plan as make_plan
 from onbeat.runtime.tick import new_tick_state, tick
-from onbeat.runtime.timeline import publish
 
 if TYPE_CHECKING:
     from onbeat.drivers.twin.world import World
@@ -35,12 +34,17 @@ OTHER_SEED_OFFSET = 500_000  # away from every seed that is evaluated or trained
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """How an episode is run. shown: AS_SEEN, BLANK or OTHER. latency_ns: observation to published chunk."""
+    """How an episode is run. shown: AS_SEEN, BLANK or OTHER. latency_ns: observation to published chunk.
+
+    mode: one of modes.MODES, "" for the checkpoint's own.
+    """
 
     instruction: str
     latency_ns: int = 60_000_000  # p50 of a run with a small bundle, docs/decisions/0014
     timeout_ns: int = 12_000_000_000
     shown: str = AS_SEEN
+    mode: str = ""
+    allow_untrained_prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +120,23 @@ class Episode:
     def __init__(self, scene: Scene, robot: Robot, policy: Policy, seed: int, conditions: Conditions) -> None:
         scene.reset(seed)
         self.is_over = False
-        self.state = new_tick_state(robot.limits, rate_hz=robot.config.loop_rate_hz, rows=policy.spec.chunk)
+        self.state = new_tick_state(
+            robot.limits,
+            rate_hz=robot.config.loop_rate_hz,
+            rows=policy.spec.chunk,
+            workspace=robot.workspace(),
+            settings=robot.safety,
+        )
         self._scene, self._robot, self._policy, self._conditions = scene, robot, policy, conditions
         self._seed, self._noise = seed, np.random.default_rng([seed, NOISE])
         self._now_ns, self._highest_m = 0, 0.0
+        self._world_start_ns = scene.world.time_ns
         self._referee = Referee(conditions.timeout_ns)
         self._referee.start_attempt(0)
-        self._delay = DelayEstimate(robot.policy_period_ns, robot.config.margin_steps)
-        self._delay.add(conditions.latency_ns)
+        mode = choose_mode(policy.spec, conditions.mode, allow_untrained_prefix=conditions.allow_untrained_prefix)
+        self._chunker = Chunker(policy, robot, self.state.timeline, mode, conditions.allow_untrained_prefix)
+        self._chunker.count_delay(0, conditions.latency_ns)
         self._coming: Plan | None = None
-        self._seam_ns: int | None = None
         self._delays: Counter[int] = Counter()
 
     def step(self) -> None:
@@ -136,8 +147,8 @@ class Episode:
         state.measured_q[:] = in_servo_steps(world.position_rad)
         tick(state, self._now_ns)
         world.set_goal_rad(in_servo_steps(state.command_q))
-        world.step(tick_ns)
         self._now_ns += tick_ns
+        world.step(self._world_start_ns + self._now_ns - world.time_ns)  # whole physics steps, which a tick may not be
         height_m = world.truth().cube_height_m
         self._highest_m = max(self._highest_m, height_m)
         self.is_over = self._referee.judge(self._now_ns, height_m) is not None
@@ -157,38 +168,18 @@ class Episode:
 
     def _take_over(self) -> None:
         plan = self._coming
-        if plan is None or self._now_ns < plan.t0_ns + self._conditions.latency_ns:
+        if plan is None or self._now_ns < plan.observed_ns + self._conditions.latency_ns:
             return
-        period_ns = self._robot.policy_period_ns
-        first_row = publish(
-            self.state.timeline,
-            plan.targets,
-            t0_ns=plan.t0_ns,
-            period_ns=period_ns,
-            now_ns=self._now_ns,
-            locked_rows=plan.delay,
-        )
-        self._coming, self._seam_ns = None, plan.t0_ns + max(first_row, 0) * period_ns
-        self._delays[first_row] += 1
+        self._coming = None
+        self._delays[self._chunker.publish(plan, self._now_ns)] += 1
 
     def _infer(self) -> None:
-        if self._coming is not None or not self._is_time():
+        """A frame comes at the start of every policy period."""
+        is_frame = self._now_ns % self._robot.policy_period_ns == 0
+        if self._coming is not None or not is_frame or not self._chunker.is_due(self._now_ns):
             return
-        self._coming = make_plan(
-            self._policy,
-            self._robot,
-            self.state.timeline,
-            self._observe(),
-            self._conditions.instruction,
-            delay=self._delay.steps(),
-            noise=draw_noise(self._noise, self._policy.spec),
-        )
-
-    def _is_time(self) -> bool:
-        """The rule of the scheduler, with a frame at the start of every policy period."""
-        period_ns, steps = self._robot.policy_period_ns, self._robot.config.execute_steps
-        waits = steps and self._seam_ns is not None and self._now_ns < self._seam_ns + steps * period_ns
-        return not waits and self._now_ns % period_ns == 0
+        noise = draw_noise(self._noise, self._policy.spec)
+        self._coming = self._chunker.plan(self._observe(), self._conditions.instruction, noise=noise)
 
     def _observe(self) -> Observation:
         frames = self._scene.look(self._conditions.shown)

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from onbeat.runtime.bundle import load_bundle
+from onbeat.runtime.chunker import Policy
 from onbeat.runtime.controls import redraw_weights
 from onbeat.runtime.episode import AS_SEEN, BLANK, OTHER, Conditions, Outcome, Scene, run_episode
 from onbeat.runtime.measures import figure, text_table, wilson_interval
+from onbeat.runtime.modes import MODES
 from onbeat.runtime.policy import load_policy
 from onbeat.runtime.robots import Robot, load_robot
 from onbeat.runtime.run import DEFAULT_BUNDLE, DEFAULT_INSTRUCTION
-from onbeat.runtime.scheduler import Policy
-from onbeat.runtime.timeline import LATE
+from onbeat.runtime.timeline import REFUSALS
 
 FIRST_SEED = 100_000  # training uses seeds below
 RANDOM_WEIGHTS = "random-weights"
@@ -152,10 +153,16 @@ def _evaluate_bundle(options: argparse.Namespace, control: str, scratch: Path) -
         folder = redraw_weights(folder, scratch / RANDOM_WEIGHTS, seed=options.first_seed)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     return evaluate(
-        functools.partial(load_policy, folder),
+        functools.partial(load_policy, folder, allow_untrained_prefix=options.allow_untrained_prefix),
         seeds,
         robot=options.robot,
-        conditions=Conditions(options.instruction, round(options.latency_ms * 1e6), round(options.timeout_s * 1e9)),
+        conditions=Conditions(
+            options.instruction,
+            latency_ns=round(options.latency_ms * 1e6),
+            timeout_ns=round(options.timeout_s * 1e9),
+            mode=options.mode,
+            allow_untrained_prefix=options.allow_untrained_prefix,
+        ),
         control=control,
         workers=options.workers,
         progress=Progress(control, len(seeds)),
@@ -232,7 +239,7 @@ def _rate_row(evaluation: Evaluation) -> tuple[str, ...]:
         f"{evaluation.successes} of {len(evaluation.outcomes)}",
         f"{100 * evaluation.rate:.0f}",
         f"{100 * low:.0f}-{100 * high:.0f}",
-        ", ".join(f"{'late' if rows == LATE else rows}: {count}" for rows, count in sorted(delays.items())) or "-",
+        ", ".join(f"{REFUSALS.get(rows, rows)}: {count}" for rows, count in sorted(delays.items())) or "-",
     )
 
 
@@ -251,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--first-seed", type=int, default=FIRST_SEED, help="the first; training uses lower ones")
     add("--timeout-s", type=_not_negative, default=given.timeout_ns / 1e9, help="simulated: then a try has failed")
     add("--latency-ms", type=_not_negative, default=given.latency_ns / 1e6, help="simulated: observation to chunk")
+    add("--mode", default="", help=f"how chunks join: {', '.join(MODES)}; empty: the checkpoint's own")
+    add("--allow-untrained-prefix", action="store_true", help="keep rows that training never did")
     add("--control", choices=(*CONTROLS, "all"), default="none", help="also run with this taken away")
     add("--workers", type=_positive, default=2, help="processes that run seeds side by side")
     add("--json", action="store_true", help="print JSON for scripts")

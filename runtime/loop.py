@@ -1,218 +1,247 @@
-"""The control loop: at every deadline one tick, one exchange with the servos, one record.
+"""The control loop: at every deadline one tick, one exchange with the servos, one record. Compiled, without a lock.
 
 Deadlines are absolute, k periods after the first. A tick that starts late runs late; a deadline whose whole period is
 gone is missed, counted, and never made up for. The command of a tick is that of its deadline, so that lateness moves
 when a command is sent and not the path. Nothing here decides where the arm goes: `tick` does.
+
+From its first tick to its last the loop runs without the interpreter: what Python threads do, or hold, is nothing to
+it. They reach it, and it reaches them, through the boxes of `mailbox.py` and the ring of `record.py`.
 """
 
-import gc
-import os
-import sys
-import threading
-import time
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.drivers.feetech.errors import BusError, PortLost, ServoFault
+from onbeat.drivers.feetech.protocol import OK, PORT_LOST, SERVO_FAULT
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.record import TickLog
-from onbeat.runtime.tick import REFUSED, TickState, tick
-from onbeat.runtime.timeline import close
+from onbeat.kernels.arrays import copy_values
+from onbeat.kernels.atomics import load_acquire, store_release
+from onbeat.kernels.clock import monotonic_ns, new_timespec, sleep_until
+from onbeat.kernels.compiled import compiled
+from onbeat.runtime.faults import Fault
+from onbeat.runtime.link import exchange, link_to, mailbox_link
+from onbeat.runtime.mailbox import (
+    ENDED_NS,
+    FAULTS_IN_A_ROW,
+    FAULTY,
+    LATEST_NS,
+    MISSED,
+    PROGRESS_WORDS,
+    REFUSED_TICKS,
+    RUN,
+    STARTED_NS,
+    STOP,
+    TICKS,
+    StateHistory,
+    StateRing,
+    append_state,
+    new_words,
+)
+from onbeat.runtime.record import TickRing, append_tick, new_tick_ring
+from onbeat.runtime.safety import LIMP, NO_FAULT, SILENCE_NS, TICK_MISSED, note_exchange, set_condition, watch
+from onbeat.runtime.tick import REFUSED, JointLimits, TickState, new_tick_state, tick
+from onbeat.runtime.timeline import publish
 
 # J joints.
 
-SPIN_NS = 150_000  # before a deadline the loop spins: sleep overshoots by 60 to 120 us, docs/decisions/0012
-MAX_FAULTY_TICKS = 5  # in a row, each after the bus driver's own retries: 0.3 s without an answer
-REST_LIMIT_NS = 2_000_000_000  # to come to rest; braking from 3 rad/s at 20 rad/s^2 takes 150 ms
-FIFO_PRIORITY = 50
-LOCK_HOLDER_PRIORITY = 1  # below the loop and above every ordinary thread
-SWITCH_INTERVAL_S = 0.0005
+REST_LIMIT_NS: Final = 2_000_000_000  # to come to rest; braking from 3 rad/s at 20 rad/s^2 takes 150 ms
 
 
 class LoopFault(OnbeatError):
     """The loop had to stop. The text says why; the arm was left holding its last goal."""
 
 
-class ExchangingActuators(Actuators, Protocol):
-    """Actuators that write goals and read the state in one burst."""
+class LoopBox(NamedTuple):
+    """What a loop shares with others. command: (1,) int64, RUN or STOP. progress: (PROGRESS_WORDS,) int64.
 
-    def exchange(self, goal_rad: NDArray[np.float64], into: JointState) -> None: ...
-
-
-class StateHistory:
-    """The last joint states of the loop, for the thread that observes. One writer, any number of readers.
-
-    Holds `capacity` states; a reader that asks for a time gets the joints at that time, so that what the policy is
-    told of the arm is of the instant its cameras show.
+    timespec, rest_by_ns: the loop's own, (2,) and (1,) int64: scratch, and when it must rest, 0 before it was told to.
     """
 
-    def __init__(self, joints: int, capacity: int = 256) -> None:
-        self._t_ns = np.zeros(capacity, np.int64)
-        self._q = np.zeros((capacity, joints))
-        self._count = 0
-
-    def append(self, t_ns: int, position_rad: NDArray[np.float64]) -> None:
-        """Add a state, position_rad (J,), newer than all before."""
-        k = self._count % len(self._t_ns)
-        self._t_ns[k], self._q[k] = t_ns, position_rad
-        self._count += 1
-
-    def at(self, t_ns: int) -> NDArray[np.float64] | None:
-        """The joints (J,) at a time, linear between states, the nearest outside them; None before the first."""
-        count, size = self._count, len(self._t_ns)
-        if count == 0:
-            return None
-        order = np.arange(max(0, count - size + 2), count) % size  # but for the two that may be written meanwhile
-        times, states = self._t_ns[order], self._q[order]
-        return np.array([np.interp(t_ns - times[0], times - times[0], joint) for joint in states.T])
+    command: NDArray[np.int64]
+    progress: NDArray[np.int64]
+    states: StateRing
+    records: TickRing
+    timespec: NDArray[np.int64]
+    rest_by_ns: NDArray[np.int64]
 
 
-@dataclass(slots=True)
+def new_loop_box(states: StateRing, records: TickRing, progress: NDArray[np.int64]) -> LoopBox:
+    """Of a loop that has not begun."""
+    return LoopBox(new_words(1), progress, states, records, new_timespec(), new_words(1))
+
+
+@dataclass(frozen=True, slots=True)
 class LoopStatus:
-    """What the loop says of itself; written by it, read by anyone. missed: deadlines that passed unused."""
+    """What the loop says of itself. missed: deadlines that passed unused. faulty_ticks: whose exchange failed.
 
-    ticks: int = 0
-    missed: int = 0
-    faulty_ticks: int = 0
-    refused: int = 0
-    started_ns: int = 0
-    ended_ns: int = 0
+    started_ns: the first deadline; latest_ns: the end of the last tick; ended_ns: 0 while it runs.
+    """
+
+    ticks: int
+    missed: int
+    faulty_ticks: int
+    refused: int
+    started_ns: int
+    latest_ns: int
+    ended_ns: int
 
 
 class ControlLoop:
-    """Runs a robot's ticks on deadlines until told to stop, then brings the arm to rest. One thread calls `run`."""
+    """Runs a robot's ticks on deadlines until told to stop, then brings the arm to rest. One thread calls `run`.
+
+    records: where every tick goes, to be drained by another thread. progress: words that only the loop writes, given
+    where another process watches them.
+    """
 
     def __init__(
         self,
         state: TickState,
-        bus: ExchangingActuators,
+        actuators: Actuators,
         *,
-        log: TickLog,
         history: StateHistory,
-        clock: Callable[[], int] = time.monotonic_ns,
-        wait: Callable[[int], None] | None = None,
+        progress: NDArray[np.int64] | None = None,
     ) -> None:
-        self.status = LoopStatus()
-        self._state, self._bus, self._log, self._history = state, bus, log, history
-        self._clock, self._wait = clock, wait or wait_until
-        self._period_ns = round(state.period_s * 1e9)
         joints = len(state.command_q)
-        self._joints = JointState(0, np.zeros(joints), np.zeros(joints), np.zeros(joints))
-        self._faults_in_a_row = 0
+        self.records = new_tick_ring(joints)
+        self._state, self._actuators, self._history = state, actuators, history
+        words = new_words(PROGRESS_WORDS) if progress is None else progress
+        self._box = new_loop_box(history.ring, self.records, words)
+
+    @property
+    def rate_hz(self) -> float:
+        return 1.0 / self._state.period_s
+
+    @property
+    def status(self) -> LoopStatus:
+        words = (TICKS, MISSED, FAULTY, REFUSED_TICKS, STARTED_NS, LATEST_NS, ENDED_NS)
+        return LoopStatus(*(load_acquire(self._box.progress, word) for word in words))
 
     def read_first(self) -> None:
         """Read the joints once, before the first tick: it starts where they are. Raises BusError."""
-        self._bus.read(self._joints)
-        self._take_state()
+        state, joints = self._state, len(self._state.command_q)
+        into = JointState(0, np.zeros(joints), np.zeros(joints), np.zeros(joints))
+        self._actuators.read(into)
+        state.measured_q[:], state.measured_dq[:] = into.position_rad, into.velocity_rad_s
+        state.measured_load[:] = into.load
+        self._history.append(into.t_ns, into.position_rad)
 
-    def run(self, stop: threading.Event) -> None:
-        """Tick until `stop`, then until the command rests. Raises LoopFault, BusError: servos hold the last."""
-        due_ns = self.status.started_ns = self._clock() + self._period_ns
-        rest_by_ns: int | None = None
-        while rest_by_ns is None or not self._is_at_rest(due_ns, rest_by_ns):
-            if stop.is_set():
-                close(self._state.timeline)
-                rest_by_ns = rest_by_ns or due_ns + REST_LIMIT_NS
-            self._wait(due_ns)
-            self._step(due_ns)
-            due_ns = self._next_deadline(due_ns)
-        self.status.ended_ns = self._clock()
+    def stop(self) -> None:
+        """Have the loop come to rest and end; from any thread, any number of times."""
+        set_condition(self._state.safety, Fault.STOP_REQUESTED, True)
+        store_release(self._box.command, 0, STOP)
 
-    def _step(self, due_ns: int) -> None:
-        start_ns = self._clock()
-        flags = tick(self._state, due_ns)
-        sent_ns = self._clock()
-        self._exchange()
-        exchange_ns = self._clock() - sent_ns
-        self._take_state()
-        self._log.append(self._state, due_ns=due_ns, start_ns=start_ns, exchange_ns=exchange_ns)
-        self.status.ticks += 1
-        self.status.refused += bool(flags & REFUSED)
+    def run(self) -> None:
+        """Tick until told to stop, then until the command rests. Raises LoopFault, PortLost: servos hold the last goal.
 
-    def _exchange(self) -> None:
-        try:
-            self._bus.exchange(self._state.command_q, self._joints)
-            self._faults_in_a_row = 0
-        except PortLost:
-            raise
-        except BusError as fault:
-            self.status.faulty_ticks += 1
-            self._faults_in_a_row += 1
-            if self._faults_in_a_row >= MAX_FAULTY_TICKS:
-                what = "a servo protects itself" if isinstance(fault, ServoFault) else "the servo bus failed"
-                raise LoopFault(f"{what}, {MAX_FAULTY_TICKS} ticks in a row: {fault}") from fault
-
-    def _take_state(self) -> None:
-        state, joints = self._state, self._joints
-        state.measured_q[:], state.measured_dq[:] = joints.position_rad, joints.velocity_rad_s
-        state.measured_load[:] = joints.load
-        if self._faults_in_a_row == 0:
-            self._history.append(joints.t_ns, joints.position_rad)
-
-    def _next_deadline(self, due_ns: int) -> int:
-        missed = max(0, (self._clock() - due_ns) // self._period_ns - 1)
-        self.status.missed += missed
-        return due_ns + (1 + missed) * self._period_ns
-
-    def _is_at_rest(self, now_ns: int, rest_by_ns: int) -> bool:
-        return not self._state.command_v.any() or now_ns > rest_by_ns
+        Raises RateTooHigh before the first tick when the bus cannot carry it.
+        """
+        with link_to(self._actuators, rate_hz=self.rate_hz) as linked:
+            outcome = run_loop(self._state, linked.link, self._box)
+            if outcome == OK:
+                return
+            error = linked.explains.error_of(outcome)
+        if outcome & 15 == PORT_LOST:
+            raise error
+        raise LoopFault(f"no good exchange with the servos for {SILENCE_NS / 1e9:g} s: {error}") from error
 
 
-def wait_until(due_ns: int) -> None:
-    """Return at `due_ns` (monotonic): sleep to shortly before it, then spin."""
-    remaining_ns = due_ns - time.monotonic_ns() - SPIN_NS
-    if remaining_ns > 0:
-        time.sleep(remaining_ns * 1e-9)
-    while time.monotonic_ns() < due_ns:
-        pass
+def compile_ahead(limits: JointLimits) -> None:
+    """Compile the loop and what feeds it (half a minute at the very first run, then kept): nothing is driven."""
+    joints = len(limits.q_min)
+    state, history = new_tick_state(limits, rate_hz=100.0, rows=2), StateHistory(joints)
+    box = new_loop_box(history.ring, new_tick_ring(joints, 1), new_words(PROGRESS_WORDS))
+    store_release(box.command, 0, STOP)
+    publish(state.timeline, np.zeros((2, joints)), t0_ns=0, period_ns=1, now_ns=0)
+    run_loop(state, mailbox_link(joints), box)  # ends before its first tick
 
 
-def prepare_real_time() -> dict[str, str]:
-    """Ask for what helps the calling thread meet deadlines; each is "got" or "not got: why".
+@compiled
+def run_loop(state, link, box):
+    """Tick on deadlines; returns OK at rest after a stop, or the fault code that ended it (feetech.protocol).
 
-    The collector is off and what exists is out of its sight, the interpreter hands over sooner, this thread runs under
-    SCHED_FIFO and stays on one processor.
+    state: TickState. link: link.Link. box: LoopBox.
     """
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    measures = {"SCHED_FIFO": _run_first, "affinity": _stay_on_one_processor}
-    return {"gc off": "got", "switch interval": "got", **{name: _ask(measure) for name, measure in measures.items()}}
+    period_ns = round(state.period_s * 1e9)
+    due_ns = monotonic_ns(box.timespec) + period_ns
+    store_release(box.progress, STARTED_NS, due_ns)
+    outcome, tell_ns = OK, 0
+    while outcome == OK and not _is_over(state, box, due_ns):
+        start_ns = sleep_until(due_ns, box.timespec)
+        flags = tick(state, due_ns)
+        sent_ns = monotonic_ns(box.timespec)
+        answer = exchange(link, state.command_q, sent_ns)
+        read_ns = monotonic_ns(box.timespec)
+        _take_joints(state, link.wire, box.states, answer)
+        note_exchange(state.safety, answer, link.wire.counts, link.wire.status, link.wire.temperature_c)
+        append_tick(box.records, state, due_ns, start_ns, sent_ns - start_ns, read_ns - sent_ns, tell_ns, answer)
+        outcome = _count_tick(box.progress, flags, answer, period_ns)
+        done_ns = monotonic_ns(box.timespec)
+        due_ns, missed = next_deadline(due_ns, done_ns, period_ns)
+        box.progress[MISSED] += missed
+        state.safety.inputs.events[TICK_MISSED] += missed
+        store_release(box.progress, LATEST_NS, done_ns)
+        tell_ns = done_ns - read_ns
+    if outcome != OK:  # no tick comes that would see it
+        watch(state.safety, due_ns, False, state.measured_load)
+    store_release(box.progress, ENDED_NS, monotonic_ns(box.timespec))
+    return outcome
 
 
-def prepare_lock_holder() -> str:
-    """Run the calling thread before ordinary ones: "got" or "not got: why".
+@compiled
+def next_deadline(due_ns, now_ns, period_ns):
+    """(the deadline after `due_ns` whose period is not gone by now, how many were let go in between)."""
+    missed = max(0, (now_ns - due_ns) // period_ns - 1)
+    return due_ns + (1 + missed) * period_ns, missed
 
-    For every other thread of the loop's process: one that is set aside by the kernel while it has the interpreter's
-    lock makes the loop wait for as long, whatever the loop's own priority is (docs/decisions/0013). Not needed any
-    more once the loop runs without that lock.
+
+@compiled
+def _is_over(state, box, due_ns):
+    """Whether the arm rests after a stop or a fault that ends the run, or had its time to; every chunk is withdrawn.
+
+    A fault that says "limp" leaves no time: the caller takes torque off.
     """
-    return _ask(lambda: _schedule(os.SCHED_RR, LOCK_HOLDER_PRIORITY))
+    if load_acquire(box.command, 0) == RUN and state.safety.ended_by[0] == NO_FAULT:
+        return False
+    if state.safety.level[0] >= LIMP:
+        return True
+    if box.rest_by_ns[0] == 0:
+        store_release(state.timeline.closed, 0, 1)
+        box.rest_by_ns[0] = due_ns + REST_LIMIT_NS
+        return math.isnan(state.command_q[0])
+    return _rests(state) or due_ns > box.rest_by_ns[0]
 
 
-def _ask(measure: Callable[[], None]) -> str:
-    try:
-        measure()
-    except OSError as refusal:
-        return f"not got: {refusal.strerror}"
-    return "got"
+@compiled
+def _rests(state):
+    for speed in state.command_v:  # noqa: SIM110  compiled: all() of a generator is not
+        if speed != 0.0:
+            return False
+    return True
 
 
-def _run_first() -> None:
-    _schedule(os.SCHED_FIFO, FIFO_PRIORITY)
+@compiled
+def _take_joints(state, wire, states, answer):
+    """Show the joints to the next tick and to whoever observes; joints that were not read stay what they were."""
+    if answer & 15 != OK and answer & 15 != SERVO_FAULT:
+        return
+    copy_values(state.measured_q, wire.position_rad)
+    copy_values(state.measured_dq, wire.velocity_rad_s)
+    copy_values(state.measured_load, wire.load)
+    append_state(states, wire.t_ns[0], wire.position_rad)
 
 
-def _schedule(policy: int, priority: int) -> None:
-    """For the calling thread; threads and processes started from it do not inherit it."""
-    os.sched_setscheduler(0, policy | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
-
-
-def _stay_on_one_processor() -> None:
-    """The last one: interrupts and what else is bound by default sit on the first."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+@compiled
+def _count_tick(progress, flags, answer, period_ns):
+    """Count, and return the fault code that ends the loop, or OK: a port that is gone, a bus silent for too long."""
+    progress[TICKS] += 1
+    progress[REFUSED_TICKS] += 1 if flags & REFUSED else 0
+    has_failed = answer & 15 != OK and answer & 15 != SERVO_FAULT
+    progress[FAULTY] += 1 if has_failed else 0
+    progress[FAULTS_IN_A_ROW] = progress[FAULTS_IN_A_ROW] + 1 if has_failed else 0
+    if answer & 15 == PORT_LOST or progress[FAULTS_IN_A_ROW] * period_ns >= SILENCE_NS:
+        return answer
+    return OK

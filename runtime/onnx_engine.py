@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.slots import UNIFIED_DIM
-from onbeat.runtime.engine import FlowResult, PolicyInputs, PolicySpec
+from onbeat.runtime.engine import FlowResult, Guidance, PolicyInputs, PolicySpec, check_guidance
 
 # The letters of runtime/engine.py: V, S, N, C, I, T, M, H.
 
@@ -82,6 +82,7 @@ class OnnxEngine:
         directions: NDArray[np.float32] | None = None,
         prev_chunk: NDArray[np.float32] | None = None,
         delay: int = 0,
+        guidance: Guidance | None = None,
     ) -> FlowResult:
         """Sample one chunk; the arrays are those of `Engine.flow`. Raises InputError."""
         if self._bound is None or prefix is not self._handle:
@@ -91,6 +92,7 @@ class OnnxEngine:
         fill(flow.inputs, "noise", noise)
         if "directions" in flow.inputs:
             fill(flow.inputs, "directions", _given(directions))
+        fill_guidance(flow.inputs, guidance, prev_chunk, self.spec)
         if prev_chunk is not None:
             fill(flow.inputs, "prev_chunk", fit_chunk(prev_chunk, self.spec.chunk))
         flow.run()
@@ -156,6 +158,17 @@ def check_delay(delay: int, prev_chunk: NDArray[np.float32] | None, chunk: int) 
     if delay and prev_chunk is None:
         raise InputError(f"a delay of {delay} rows without a previous chunk: give prev_chunk")
     return delay
+
+
+def fill_guidance(
+    inputs: Arrays, guidance: Guidance | None, prev_chunk: NDArray[np.float32] | None, spec: PolicySpec
+) -> None:
+    """Write the guidance into the flow's inputs, or that there is none. Raises GuidanceError."""
+    if guidance is not None:
+        check_guidance(guidance, prev_chunk, spec)
+        fill(inputs, "guidance_weights", guidance.weights)
+    if spec.guidance:
+        inputs["guidance_beta"][...] = 0.0 if guidance is None else guidance.beta
 
 
 def fit_chunk(prev_chunk: NDArray[np.float32], chunk: int) -> NDArray[np.float32]:

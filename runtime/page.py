@@ -55,7 +55,7 @@ def _tiles(report: Report) -> str:
             report["delay_exceeded"],
             f"of {report['chunks']}",
             "chunks beyond their delay",
-            f"dropped: {report['chunks_late']}",
+            f"refused: {sum(report['chunks_refused'].values())}",
         ),
     )
     return "".join(_tile(f"{value} <small>{unit}</small>", name, detail) for value, unit, name, detail in tiles)
@@ -135,7 +135,7 @@ def _wide_axes(report: Report, y_range: tuple[float, float], height: int = 190) 
 
 def _timeline(_: Report, run: RunRecords) -> str:
     window = timeline_window(run)
-    chunks = [c for c in run.chunks if c.chunk_id >= 0 and c.published_ns > window[0] and c.t0_ns < window[1]]
+    chunks = [c for c in run.chunks if c.chunk_id >= 0 and c.published_ns > window[0] and c.observed_ns < window[1]]
     if not chunks:
         return ""
     executed = executed_rows(run)
@@ -148,7 +148,7 @@ def _timeline(_: Report, run: RunRecords) -> str:
         title="which rows of which chunk were executed when",
     )
     words = (
-        f"{TIMELINE_S:.0f} s from the middle of the run. Row 0 of a chunk is due at its observation. When a chunk is "
+        f"{TIMELINE_S:.0f} s from the middle of the run. Row 0 of a chunk is due at its observation (in mode sync, when it comes). When a chunk is "
         "published, what is past is skipped, and from its first own row on it replaces the chunk before."
     )
     return _section(
@@ -179,7 +179,7 @@ def executed_rows(run: RunRecords) -> set[tuple[int, int]]:
 
 
 def _lane(axes: chart.Axes, lane: int, chunk: ChunkRecord, run: RunRecords, executed: set[tuple[int, int]]) -> str:
-    observed, started, published = (_seconds(run, t) for t in (chunk.t0_ns, chunk.started_ns, chunk.published_ns))
+    observed, started, published = (_seconds(run, t) for t in (chunk.observed_ns, chunk.started_ns, chunk.published_ns))
     thin = (lane + 0.30, lane + 0.10)
     hint = f"chunk {chunk.chunk_id}: inference {(published - started) * 1e3:.1f} ms, {chunk.delay} rows locked"
     return "".join(

@@ -13,7 +13,7 @@ from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.robot import Embodiment
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.bundle import load_bundle
-from onbeat.runtime.engine import Engine, PolicySpec
+from onbeat.runtime.engine import Engine, Guidance, PolicySpec
 from onbeat.runtime.language import PolicyLanguage
 from onbeat.runtime.observation import Observation
 
@@ -82,11 +82,13 @@ class Policy:
         directions: Floats | None = None,
         prev_chunk: Floats | None = None,
         delay: int = 0,
+        guidance: Guidance | None = None,
     ) -> PolicyOutput:
         """One chunk for one observation; row 0 is due at its capture time.
 
         noise (I, C, 200) and, for a "directions" gate, directions (I - 1, T, M, H): drawn here when None.
-        prev_chunk (R, 200): normalised unified actions, row 0 due then too; its first `delay` rows are kept.
+        prev_chunk (R, 200): normalised unified actions, row 0 due then too; its first `delay` rows are kept, and
+        `guidance` pulls the others towards it.
         Raises ObservationError, InstructionError, UntrainedPrefix; then there is no chunk, and nothing moves on it.
         """
         check_prefix(self.spec, delay, allow_untrained=self._allow_untrained_prefix)
@@ -97,7 +99,9 @@ class Policy:
         observed_ns = time.monotonic_ns()
         cache = self.engine.prefix(inputs)
         cached_ns = time.monotonic_ns()
-        result = self.engine.flow(cache, noise, directions=directions, prev_chunk=prev_chunk, delay=delay)
+        result = self.engine.flow(
+            cache, noise, directions=directions, prev_chunk=prev_chunk, delay=delay, guidance=guidance
+        )
         times = StageTimes(observed_ns - start_ns, cached_ns - observed_ns, time.monotonic_ns() - cached_ns)
         keys = self.language.decode(result.actions)
         return PolicyOutput(result.actions, keys, result.gate, result.cost, times, noise, directions)

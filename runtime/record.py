@@ -1,5 +1,7 @@
 """What a run leaves behind: every tick and every chunk, kept in memory allocated at the start and written at the end.
 
+The compiled loop puts its ticks into a ring that no lock guards, and a thread of Python's moves them to the log.
+
     ticks.npz    one entry per tick
     chunks.npz   one entry per inference, with its targets
     run.json     the header (config, versions, hashes) first, then how the run ended
@@ -8,62 +10,118 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.runtime.tick import RECORD, TickState
+from onbeat.kernels.arrays import copy_values
+from onbeat.kernels.atomics import load_acquire, store_release
+from onbeat.kernels.compiled import compiled
+from onbeat.runtime.tick import RECORD
 
 TICKS_FILE, CHUNKS_FILE, RUN_FILE = "ticks.npz", "chunks.npz", "run.json"
+RING_TICKS = 8192  # 8 s at 1 kHz: a thread that is held up for that long loses ticks, which is counted
 
 # T ticks, N chunks, H rows of a chunk, J joints.
 
 STAGES = ("camera_age", "observe", "prefix", "flow", "publish")
 CHUNK = np.dtype(
     [
-        ("chunk_id", np.int64),  # as in the timeline, -1 when it came too late
-        ("t0_ns", np.int64),  # capture time of the observation, row 0 is due then
+        ("chunk_id", np.int64),  # as in the timeline, -1 when it was refused
+        ("observed_ns", np.int64),  # capture time of the observation
+        ("t0_ns", np.int64),  # when row 0 is due: then, or in mode sync when the chunk was published
         ("started_ns", np.int64),
         ("published_ns", np.int64),
         ("rows", np.int64),
+        ("budget", np.int64),  # the delay d that was planned with
         ("delay", np.int64),  # rows locked to what was committed
-        ("first_row", np.int64),  # the first row of its own that ran, -1 when none
+        ("first_row", np.int64),  # the first row of its own, or why it was refused: timeline.REFUSALS
         *((f"{stage}_ns", np.int64) for stage in STAGES),
     ]
 )
+
+
+class TickRing(NamedTuple):
+    """Ticks on their way out of the loop, of C that fit. Tick k lies at k % C.
+
+    rows: (C,) of tick.RECORD. due_ns, start_ns: (C,) int64, monotonic. compute_ns, exchange_ns: how long the tick and
+    the bus took; tell_ns: how long the tick *before* took from there to its end. outcome: of the exchange, as
+    `exchange_joints`. goal_rad, position_rad: (C, J), sent and last read. written, taken, dropped: (1,) int64; the loop
+    writes the first and the last, the thread that drains writes the second.
+    """
+
+    rows: NDArray[np.void]
+    due_ns: NDArray[np.int64]
+    start_ns: NDArray[np.int64]
+    compute_ns: NDArray[np.int64]
+    exchange_ns: NDArray[np.int64]
+    tell_ns: NDArray[np.int64]
+    outcome: NDArray[np.int64]
+    goal_rad: NDArray[np.float64]
+    position_rad: NDArray[np.float64]
+    written: NDArray[np.int64]
+    taken: NDArray[np.int64]
+    dropped: NDArray[np.int64]
+
+
+TICK_FIELDS = ("due_ns", "start_ns", "compute_ns", "exchange_ns", "tell_ns", "outcome", "goal_rad", "position_rad")
+
+
+def new_tick_ring(joints: int, capacity: int = RING_TICKS) -> TickRing:
+    """An empty ring."""
+    times = [np.zeros(capacity, np.int64) for _ in range(6)]
+    vectors = [np.zeros((capacity, joints)) for _ in range(2)]
+    words = [np.zeros(1, np.int64) for _ in range(3)]
+    return TickRing(np.zeros(capacity, RECORD), *times, *vectors, *words)
+
+
+@compiled
+def append_tick(ring, state, due_ns, start_ns, compute_ns, exchange_ns, tell_ns, outcome):
+    """Put the tick that `state` has just made into the ring; into a full one nothing goes, and that is counted."""
+    written = ring.written[0]
+    if written - load_acquire(ring.taken, 0) >= ring.rows.shape[0]:
+        ring.dropped[0] += 1
+        return
+    k = written % ring.rows.shape[0]
+    ring.rows[k] = state.record[0]
+    ring.due_ns[k], ring.start_ns[k], ring.outcome[k] = due_ns, start_ns, outcome
+    ring.compute_ns[k], ring.exchange_ns[k], ring.tell_ns[k] = compute_ns, exchange_ns, tell_ns
+    copy_values(ring.goal_rad[k], state.command_q)
+    copy_values(ring.position_rad[k], state.measured_q)
+    store_release(ring.written, 0, written + 1)
 
 
 class TickLog:
     """Room for `capacity` ticks; what comes after that is counted in `dropped` and not kept."""
 
     def __init__(self, capacity: int, joints: int) -> None:
-        self.rows = np.zeros(capacity, RECORD)
-        self.due_ns = np.zeros(capacity, np.int64)
-        self.start_ns = np.zeros(capacity, np.int64)
-        self.exchange_ns = np.zeros(capacity, np.int64)
-        self.goal_rad = np.zeros((capacity, joints))
-        self.position_rad = np.zeros((capacity, joints))
+        self._kept = new_tick_ring(joints, capacity)
         self.count = 0
         self.dropped = 0
 
-    def append(self, state: TickState, *, due_ns: int, start_ns: int, exchange_ns: int) -> None:
-        """Keep the tick that `state` has just made. exchange_ns: how long the bus took."""
-        k = self.count
-        if k == len(self.rows):
-            self.dropped += 1
-            return
-        self.rows[k] = state.record[0]
-        self.due_ns[k], self.start_ns[k], self.exchange_ns[k] = due_ns, start_ns, exchange_ns
-        self.goal_rad[k], self.position_rad[k] = state.command_q, state.measured_q
-        self.count = k + 1
+    def take(self, ring: TickRing) -> int:
+        """Move what the ring holds to here, in order; returns how many ticks came. One thread takes."""
+        taken, written = int(ring.taken[0]), load_acquire(ring.written, 0)
+        fits = min(written - taken, len(self._kept.rows) - self.count)
+        source = np.arange(taken, taken + fits) % len(ring.rows)
+        for name in ("rows", *TICK_FIELDS):
+            getattr(self._kept, name)[self.count : self.count + fits] = getattr(ring, name)[source]
+        self.count += fits
+        self.dropped += written - taken - fits
+        store_release(ring.taken, 0, written)
+        return written - taken
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that it has room for."""
+        return sum(array.nbytes for array in self._kept)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The kept ticks, (T,) or (T, J) each; the fields of tick.RECORD under their own names."""
         kept = slice(self.count)
-        names = ("due_ns", "start_ns", "exchange_ns", "goal_rad", "position_rad")
-        own = {name: getattr(self, name)[kept] for name in names}
-        return {**own, **{name: self.rows[name][kept] for name in RECORD.names or ()}}
+        own = {name: getattr(self._kept, name)[kept] for name in TICK_FIELDS}
+        return {**own, **{name: self._kept.rows[name][kept] for name in RECORD.names or ()}}
 
 
 class ChunkLog:
@@ -84,6 +142,11 @@ class ChunkLog:
         self.entries[self.count] = tuple(values[name] for name in CHUNK.names or ())
         self.targets[self.count, : len(targets)] = targets
         self.count += 1
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that it has room for."""
+        return self.entries.nbytes + self.targets.nbytes
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The kept chunks, (N,) each, and targets (N, H, J)."""

@@ -67,6 +67,7 @@ def header(run: Mapping[str, Any]) -> dict[str, Any]:
         "real_time": run["real_time"],
         "error": run["error"],
         "instruction": config["instruction"],
+        "mode": run["mode"],
         "rate_hz_wanted": run["robot"]["loop_rate_hz"],
     }
 

@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.calibration.joints import FACTORY
+from onbeat.drivers.feetech.pace import BusPace
+from onbeat.embodiment.chains import CHAINS
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.embodiment.robot import ABSOLUTE, DELTA_PER_STEP, RELATIVE_TO_OBSERVATION
 from onbeat.embodiment.schema import Embodiment, load_embodiment
 from onbeat.embodiment.slots import suggest
+from onbeat.kernels.kinematics import Workspace, new_workspace, no_workspace
+from onbeat.runtime.safety import SafetySettings
 from onbeat.runtime.tick import JointLimits
 
 if sys.version_info >= (3, 11):
@@ -30,7 +33,10 @@ else:
 
 HOLD = "hold"
 RELAX = "relax"
+PARK = "park"
+ENDINGS = (HOLD, RELAX, PARK)
 LIMIT_FIELDS = {"q_min": "lower", "q_max": "upper", "v_max": "velocity", "a_max": "acceleration"}
+JERK_RAMP_S = 0.02  # nobody publishes a jerk: a_max is reached in this time, docs/decisions/0021
 
 
 class RobotError(OnbeatError):
@@ -41,36 +47,63 @@ class RobotError(OnbeatError):
 class RobotConfig:
     """One robot. Limits per joint: q_min, q_max in rad, v_max in rad/s, a_max in rad/s^2; empty means the embodiment's.
 
-    cameras: view name -> name of its shared-memory ring; the twin names its own. max_frame_age_ms: an older newest
-    frame is stale, and no inference starts from it. on_exit: "hold" (torque stays on) or "relax" (torque off, an arm
-    falls). margin_steps: policy steps added to the measured delay. execute_steps: of a chunk, before the next
-    inference starts; 0 starts it at once. port: the servo bus, empty when it must be given.
+    j_max: rad/s^3 per joint, empty means a_max / JERK_RAMP_S. tool_low_m, tool_high_m: corners of the box that the tool
+    must not leave, x forward, y left, z up from the table; empty means none. max_frame_age_ms: an older newest frame is
+    stale, and no inference starts from it. max_load, max_temperature_c: of a servo, load 1 is stall. slow_factor: of
+    v_max while a fault says "slow". min_gate: of a chunk's mean gate, 0 for any; exp(-2 / tau) is what features have
+    that have nothing to do with each other.
+
+    cameras: view name -> name of its shared-memory ring; the twin names its own. port: the servo bus, empty when it
+    must be given. margin_steps: policy steps added to the measured delay. execute_steps: from one observation to
+    the next, 0 for as often as inference can. blend_steps: over which a new chunk fades in at most.
+
+    on_exit: "hold" (torque stays on), "relax" (torque off, an arm falls) or "park" (to park_q, rad per joint, at
+    park_speed_rad_s, then torque off): at the end of a run, and when the guardian finds the runtime dead. missed_beats:
+    ticks without a sign of life after which it does.
     """
 
     name: str
     embodiment: str
     is_simulated: bool
-    loop_rate_hz: float = 100.0
+    loop_rate_hz: float = 200.0
     q_min: tuple[float, ...] = ()
     q_max: tuple[float, ...] = ()
     v_max: tuple[float, ...] = ()
     a_max: tuple[float, ...] = ()
+    j_max: tuple[float, ...] = ()
+    tool_low_m: tuple[float, ...] = ()
+    tool_high_m: tuple[float, ...] = ()
     cameras: Mapping[str, str] = field(default_factory=dict)
     max_frame_age_ms: float = 500.0
+    max_load: float = 0.9
+    max_temperature_c: float = 60.0
+    slow_factor: float = 0.25
+    min_gate: float = 0.0
     port: str = ""
     baud_rate: int = 1_000_000
     bus_retries: int = 2
     calibration: str = str(FACTORY)
     on_exit: str = HOLD
+    park_q: tuple[float, ...] = ()
+    park_speed_rad_s: float = 0.5
+    missed_beats: int = 20
     margin_steps: int = 1
     execute_steps: int = 0
+    blend_steps: int = 2
 
 
+# z: a policy that grasps on the table may command a point a little under its top, and the servos give way.
+_SO101: dict[str, Any] = {
+    "embodiment": "so101",
+    "tool_low_m": (-0.5, -0.5, -0.01),
+    "tool_high_m": (0.5, 0.5, 0.6),
+    "park_q": (0.0, -1.7, 1.6, 0.9, 0.0, 0.0),
+}
 ROBOTS = {
     robot.name: robot
     for robot in (
-        RobotConfig("so101-twin", embodiment="so101", is_simulated=True),
-        RobotConfig("so101", embodiment="so101", is_simulated=False),
+        RobotConfig("so101-twin", is_simulated=True, **_SO101),
+        RobotConfig("so101", is_simulated=False, **_SO101),
     )
 }
 
@@ -83,6 +116,26 @@ class Robot:
     embodiment: Embodiment
     joints: tuple[str, ...]
     limits: JointLimits
+
+    @property
+    def safety(self) -> SafetySettings:
+        """What the robot tolerates, as the tick is told."""
+        config = self.config
+        return SafetySettings(
+            max_frame_age_ms=config.max_frame_age_ms,
+            max_load=config.max_load,
+            max_temperature_c=config.max_temperature_c,
+            slow_factor=config.slow_factor,
+        )
+
+    def workspace(self) -> Workspace:
+        """Its chain in its box, with scratch of its own; no box where the config or the chain's table has none."""
+        chain = CHAINS.get(self.embodiment.name)
+        if chain is None or not self.config.tool_low_m:
+            return no_workspace(len(self.joints))
+        offsets, axes = ([getattr(link, name) for link in chain.links] for name in ("offset_m", "axis"))
+        corners = (self.config.tool_low_m, self.config.tool_high_m)
+        return new_workspace(*map(np.array, (offsets, axes, chain.tool_m, *corners)), joints=len(self.joints))
 
     @property
     def policy_period_ns(self) -> int:
@@ -124,7 +177,10 @@ def _field(robot: RobotConfig, name: str, value: Any, path: Path) -> Any:
 
 
 def build_robot(config: RobotConfig) -> Robot:
-    """Join a config with its embodiment. Raises RobotError where they do not fit, EmbodimentError for no limits."""
+    """Join a config with its embodiment. Raises RobotError where they do not fit, EmbodimentError for no limits.
+
+    RateTooHigh: the servo bus cannot carry loop_rate_hz.
+    """
     embodiment = load_embodiment(config.embodiment)
     keys_without_joints = [key.name for key in embodiment.action if len(key.joints) != key.size]
     if keys_without_joints:
@@ -135,26 +191,32 @@ def build_robot(config: RobotConfig) -> Robot:
     if sum(key.size for key in embodiment.state) != len(embodiment.joints):
         raise RobotError(f"{config.name}: the state of '{embodiment.name}' is not its joints: choose another")
     _check_config(config)
+    BusPace(len(embodiment.joints), config.baud_rate).check(config.loop_rate_hz)
     return Robot(config, embodiment, embodiment.joints, _limits(config, embodiment))
 
 
 def _check_config(config: RobotConfig) -> None:
     if not 10 <= config.loop_rate_hz <= 1000:
         raise RobotError(f"{config.name}: loop_rate_hz = {config.loop_rate_hz}: choose 10 to 1000")
-    if config.on_exit not in (HOLD, RELAX):
-        raise RobotError(f"{config.name}: on_exit = '{config.on_exit}': choose '{HOLD}' or '{RELAX}'")
-    if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or config.execute_steps < 0:
-        raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, margin_steps and execute_steps 0 or more")
+    if config.on_exit not in ENDINGS:
+        raise RobotError(f"{config.name}: on_exit = '{config.on_exit}': choose {', '.join(ENDINGS)}")
+    if not 0 < config.slow_factor <= 1 or not 0 < config.max_load <= 1 or config.missed_beats < 2:
+        raise RobotError(f"{config.name}: slow_factor and max_load lie in 0..1, missed_beats is 2 or more")
+    if (len(config.tool_low_m), len(config.tool_high_m)) not in ((0, 0), (3, 3)):
+        raise RobotError(f"{config.name}: tool_low_m and tool_high_m are x, y, z in m: give three numbers each")
+    if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or min(config.execute_steps, config.blend_steps) < 0:
+        raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, *_steps 0 or more")
 
 
 def _limits(config: RobotConfig, embodiment: Embodiment) -> JointLimits:
     published = embodiment.limits()
     values = {name: _limit(config, name, getattr(published, other)) for name, other in LIMIT_FIELDS.items()}
+    values["j_max"] = np.array(config.j_max) if config.j_max else values["a_max"] / JERK_RAMP_S
     limits = JointLimits(**values)
     if not (np.isfinite(limits).all() and (limits.q_min < limits.q_max).all()):
         raise RobotError(f"{config.name}: every joint needs finite limits, q_min below q_max: correct the robot file")
-    if not ((limits.v_max > 0).all() and (limits.a_max > 0).all()):
-        raise RobotError(f"{config.name}: v_max and a_max must be above 0 for every joint: correct the robot file")
+    if not all((bound > 0).all() for bound in limits[2:]):
+        raise RobotError(f"{config.name}: v_max, a_max, j_max must be above 0 for every joint: correct the robot file")
     return limits
 
 
@@ -166,50 +228,6 @@ def _limit(config: RobotConfig, name: str, published: tuple[float, ...]) -> NDAr
     if not own:
         return np.array(published, np.float64)
     return (np.maximum if name == "q_min" else np.minimum)(np.array(own), np.array(published))
-
-
-def joint_targets(
-    actions: Mapping[str, NDArray[Any]],
-    robot: Robot,
-    *,
-    committed_q: NDArray[np.float64],
-    observed_q: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Decoded action keys {key: (C, d)} as absolute joint targets (C, J) in rad.
-
-    `absolute` keys are targets already. `delta_per_step` keys are summed from committed_q (J,), what the robot was
-    committed to when row 0 is due. `relative_to_observation` keys are added to observed_q (J,), the state the policy
-    saw.
-    """
-    rows = robot.embodiment.flatten(actions)
-    stop = 0
-    for key in robot.embodiment.action:
-        start, stop = stop, stop + key.size
-        if key.kind == DELTA_PER_STEP:
-            rows[:, start:stop] = committed_q[start:stop] + np.cumsum(rows[:, start:stop], axis=0)
-        elif key.kind == RELATIVE_TO_OBSERVATION:
-            rows[:, start:stop] += observed_q[start:stop]
-    return rows
-
-
-def action_values(
-    targets: NDArray[np.float64],
-    robot: Robot,
-    *,
-    committed_q: NDArray[np.float64],
-    observed_q: NDArray[np.float64],
-) -> dict[str, NDArray[np.float64]]:
-    """The inverse of `joint_targets`: targets (C, J) as {key: (C, d)}, for a prefix that repeats what is committed."""
-    rows, stop = targets.copy(), 0
-    for key in robot.embodiment.action:
-        start, stop = stop, stop + key.size
-        if key.kind == DELTA_PER_STEP:
-            rows[:, start:stop] = np.diff(targets[:, start:stop], axis=0, prepend=committed_q[None, start:stop])
-        elif key.kind == RELATIVE_TO_OBSERVATION:
-            rows[:, start:stop] -= observed_q[start:stop]
-        else:
-            assert key.kind == ABSOLUTE, key.kind
-    return robot.embodiment.split(rows)
 
 
 def state_values(robot: Robot, joints_rad: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
@@ -227,9 +245,11 @@ def joint_values(robot: Robot, state: Mapping[str, NDArray[Any]]) -> NDArray[np.
 def limits_table(robot: Robot) -> str:
     """What the arm may do, a line per joint, in degrees for a person."""
     degrees = [np.degrees(limit) for limit in robot.limits]
-    lines = [f"{'joint':<16}{'range / deg':>20}{'deg/s':>8}{'deg/s^2':>10}"]
-    for name, low, high, speed, acceleration in zip(robot.joints, *degrees, strict=True):
-        lines.append(f"{name:<16}{low:>9.1f} to {high:>7.1f}{speed:>8.0f}{acceleration:>10.0f}")
+    lines = [f"{'joint':<16}{'range / deg':>20}{'deg/s':>8}{'deg/s^2':>10}{'deg/s^3':>10}"]
+    for name, low, high, speed, acceleration, jerk in zip(robot.joints, *degrees, strict=True):
+        lines.append(f"{name:<16}{low:>9.1f} to {high:>7.1f}{speed:>8.0f}{acceleration:>10.0f}{jerk:>10.0f}")
+    box = zip("xyz", robot.config.tool_low_m, robot.config.tool_high_m, strict=False)
+    lines += [f"tool, {axis} / m{low:>22.2f} to {high:>7.2f}" for axis, low, high in box]
     return "\n".join(lines)
 
 

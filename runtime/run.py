@@ -21,6 +21,7 @@ from onbeat.drivers.twin.records import read_truth
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.bundle import load_bundle
 from onbeat.runtime.daemon import DaemonConfig
+from onbeat.runtime.modes import MODES, choose_mode
 from onbeat.runtime.record import RUN_FILE
 from onbeat.runtime.report import PAGE_FILE, TWIN_FOLDER, write_report
 from onbeat.runtime.robots import ROBOTS, Robot, RobotConfig, as_json, build_robot, limits_table, load_robot
@@ -57,6 +58,8 @@ class RunOptions:
     out: Path
     is_json: bool
     threads: int
+    mode: str = ""
+    allow_untrained_prefix: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +107,9 @@ def check(options: RunOptions) -> Robot:
         _check_real(robot.config, options)
     if options.seconds <= 0:
         raise RunRefused(f"--seconds {options.seconds}: give a time above 0")
-    language = load_bundle(options.bundle).open_language(robot.embodiment)
+    bundle = load_bundle(options.bundle)
+    choose_mode(bundle.manifest.policy, options.mode, allow_untrained_prefix=options.allow_untrained_prefix)
+    language = bundle.open_language(robot.embodiment)
     language.prompt(options.instruction)
     missing = [view for view in language.settings.views if view not in _views(robot)]
     if missing:
@@ -152,12 +157,14 @@ def daemon_config(config: RobotConfig, options: RunOptions, folder: Path) -> Dae
         seed=options.seed,
         run_dir=str(folder),
         threads=options.threads,
+        mode=options.mode,
+        allow_untrained_prefix=options.allow_untrained_prefix,
     )
 
 
 def supervise(config: DaemonConfig, folder: Path, screen: TextIO) -> str | None:
     """Run the daemon to its end, with a live line; returns what went wrong. Signals end it with the arm at rest."""
-    failure = None
+    failure, guardian = None, ""
     with start_daemon(config, folder / LOG_FILE) as daemon, signals_stop(daemon):
         assert daemon.stdout is not None
         live = LiveLine(screen, folder / TWIN_FOLDER)
@@ -167,11 +174,19 @@ def supervise(config: DaemonConfig, folder: Path, screen: TextIO) -> str | None:
                 live.show(event)
             elif event["event"] == "error":
                 failure = event["text"] if event["is_known"] else f"{event['text']}: read {folder / LOG_FILE}"
+            elif event["event"] == "guardian":
+                guardian = guardian_text(event)
         live.end()
         code = daemon.wait(END_S)
     if code and failure is None:
         failure = f"the daemon ended with exit code {code}: read {folder / LOG_FILE}"
-    return failure
+    return f"{failure or 'the daemon ended'} ({guardian})" if guardian else failure
+
+
+def guardian_text(event: Mapping[str, Any]) -> str:
+    """What the guardian did, in words."""
+    did = {"hold": "left the arm holding", "relax": "took torque off", "park": "parked the arm"}.get(event["did"])
+    return f"{event['fault']}: the guardian {did or 'could not reach the arm'}"
 
 
 @contextmanager
@@ -280,5 +295,7 @@ def parse(argv: Sequence[str] | None) -> RunOptions:
     parser.add_argument("--arm", action="store_true", dest="is_armed", help="a real arm may move")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the run's records and report")
     parser.add_argument("--threads", type=int, default=1, help="of the inference engine")
+    parser.add_argument("--mode", default="", help=f"how chunks join: {', '.join(MODES)}; empty: the checkpoint's own")
+    parser.add_argument("--allow-untrained-prefix", action="store_true", help="keep rows that training never did")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print the report as JSON")
     return RunOptions(**vars(parser.parse_args(argv)))

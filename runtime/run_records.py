@@ -34,17 +34,20 @@ class Ticks:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRecord:
-    """One chunk: observed at t0_ns (row 0 is due then), inferred from started_ns to published_ns.
+    """One chunk: observed at observed_ns, inferred from started_ns to published_ns, row 0 due at t0_ns.
 
-    chunk_id: -1 when it came too late for any of its rows. rows: its length. delay: rows locked to what was committed.
-    first_row: the first of its own, -1 when it came too late. stages_ns: name of record.STAGES -> duration.
+    chunk_id: -1 when it was refused. rows: its length. budget: the delay d it was planned with. delay: rows locked to
+    what was committed. first_row: the first of its own, or why it was refused: timeline.REFUSALS. stages_ns: name of
+    record.STAGES -> duration.
     """
 
     chunk_id: int
+    observed_ns: int
     t0_ns: int
     started_ns: int
     published_ns: int
     rows: int
+    budget: int
     delay: int
     first_row: int
     stages_ns: Mapping[str, int]

@@ -1,158 +1,87 @@
 """The inference thread: from the newest observation to the next chunk, while the loop runs on the last one.
 
-An inference starts from the newest frames and the joints at their time, takes as long as it takes, and publishes a
-chunk that begins at its observation's time; the timeline finds the seam. How long that took, in policy steps, is the
-delay d of the next: a policy that was trained with a prefix is told to repeat the d rows that will have run by then.
+An inference starts from the newest frames and the joints at their time, takes as long as it takes, and its chunk is
+published; `chunker.py` knows how, for each mode. This is the shell around it: cameras, clock, instruction, records.
 
     camera   ▲       ▲       ▲       ▲
     infer    └──── chunk n ────┐     └──── chunk n+1 ────┐
     loop     ...... n-1 ........▼...... n ................▼...... n+1 ......
 """
 
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
+from enum import Enum
 
 from onbeat.drivers.interfaces import Camera, Frame
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.engine import PolicySpec
-from onbeat.runtime.language import PolicyLanguage
-from onbeat.runtime.loop import StateHistory
+from onbeat.runtime.chunker import Chunker, Plan
+from onbeat.runtime.faults import Fault
+from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.observation import Observation
-from onbeat.runtime.policy import PolicyOutput
 from onbeat.runtime.record import ChunkLog
-from onbeat.runtime.robots import Robot, action_values, joint_targets, joint_values, state_values
-from onbeat.runtime.timeline import EMPTY, LATE, Timeline, committed_target, publish
-
-# C rows of a chunk, J joints, d rows of a prefix.
+from onbeat.runtime.robots import Robot, state_values
+from onbeat.runtime.safety import Safety, report, set_condition
+from onbeat.runtime.timeline import EMPTY, EXPIRED, NOT_FINITE, OUTSIDE, STALE, Timeline, is_pending
 
 POLL_S = 0.002
-QUANTILE = 0.95  # of the measured latency; the margin comes on top
-WINDOW = 64  # latencies remembered: some ten seconds of a policy at 5 to 10 Hz
+LOW_GATES = 3  # chunks in a row whose gate is low: the cameras show what the policy does not know
+FAULT_OF_REFUSAL = {
+    EXPIRED: Fault.CHUNK_EXPIRED,
+    STALE: Fault.CHUNK_STALE,
+    NOT_FINITE: Fault.CHUNK_NOT_FINITE,
+    OUTSIDE: Fault.CHUNK_OUTSIDE,
+}
 
 
 class NoFrames(OnbeatError):
     """A camera gave no frame, or none young enough, for so long that nothing can start."""
 
 
-class Policy(Protocol):
-    """What the scheduler asks of a policy; `onbeat.runtime.policy.Policy` is one."""
+class Blind(Enum):
+    """Why there is no observation."""
 
-    language: PolicyLanguage
-
-    @property
-    def spec(self) -> PolicySpec: ...
-
-    def infer(
-        self,
-        observation: Observation,
-        instruction: str,
-        *,
-        noise: NDArray[np.float32] | None = None,
-        prev_chunk: NDArray[np.float32] | None = None,
-        delay: int = 0,
-    ) -> PolicyOutput: ...
+    MISSING = "missing"  # a camera has given no frame, or the loop no joints
+    STALE = "stale"  # the oldest of the newest frames is too old
+    FUTURE = "future"  # a frame is stamped later than now: its clock is wrong
 
 
-@dataclass(slots=True)
-class DelayEstimate:
-    """The delay d, in policy steps, of the next chunk: ceil(high quantile of latency / period) + margin.
-
-    Latency is from an observation's capture to its chunk published. Before any measurement d is the margin alone.
-    """
-
-    period_ns: int
-    margin_steps: int
-    latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
-
-    def add(self, latency_ns: int) -> None:
-        """A warm inference took this long."""
-        self.latencies_ns.append(latency_ns)
-
-    def steps(self) -> int:
-        """The delay d."""
-        latency_ns = float(np.quantile(self.latencies_ns, QUANTILE)) if self.latencies_ns else 0.0
-        return math.ceil(latency_ns / self.period_ns) + self.margin_steps
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One inference. targets: (C, J) rad, row 0 due at t0_ns. delay: the rows that repeat what was committed."""
-
-    t0_ns: int
-    targets: NDArray[np.float64]
-    delay: int
-    output: PolicyOutput
-
-
-def observe(cameras: Sequence[Camera], history: StateHistory, robot: Robot, now_ns: int) -> Observation | None:
-    """The newest frame of every camera, and the joints at the time of the oldest; None when one is missing or stale."""
+def observe(cameras: Sequence[Camera], history: StateHistory, robot: Robot, now_ns: int) -> Observation | Blind:
+    """The newest frame of every camera, and the joints at the time of the oldest."""
     frames = {camera.name: camera.latest() for camera in cameras}
     known = {name: frame for name, frame in frames.items() if frame is not None}
     if len(known) < len(frames) or not known:
-        return None
-    t_ns = min(frame.t_capture_ns for frame in known.values())
-    joints = history.at(t_ns)
-    if joints is None or now_ns - t_ns > robot.config.max_frame_age_ms * 1e6:
-        return None
-    return Observation(known, state_values(robot, joints), t_ns)
-
-
-def plan(
-    policy: Policy,
-    robot: Robot,
-    timeline: Timeline,
-    observation: Observation,
-    instruction: str,
-    *,
-    delay: int = 0,
-    noise: NDArray[np.float32] | None = None,
-) -> Plan:
-    """Ask the policy for a chunk from an observation. Publishes nothing.
-
-    delay: rows to lock to what `timeline` is committed to; a policy trained with shorter prefixes gets the longest it
-    knows, one trained with none gets none, and so does one where nothing is committed that far. noise: drawn when
-    None.
-    """
-    t0_ns = observation.t_capture_ns
-    observed = joint_values(robot, observation.state)
-    before = committed_rows(timeline, t0_ns - robot.policy_period_ns, robot.policy_period_ns, 1)
-    committed_q = observed if before is None else before[0]
-    locked = committed_rows(timeline, t0_ns, robot.policy_period_ns, min(delay, policy.spec.trained_delay))
-    prev_chunk = None
-    if locked is not None:
-        values = action_values(locked, robot, committed_q=committed_q, observed_q=observed)
-        prev_chunk = policy.language.encode(values)
-    rows = 0 if locked is None else len(locked)
-    output = policy.infer(observation, instruction, noise=noise, prev_chunk=prev_chunk, delay=rows)
-    targets = joint_targets(output.keys, robot, committed_q=committed_q, observed_q=observed)
-    return Plan(t0_ns, targets, rows, output)
-
-
-def committed_rows(timeline: Timeline, t0_ns: int, period_ns: int, rows: int) -> NDArray[np.float64] | None:
-    """What the robot is committed to at t0_ns, a period later, ... (rows, J); None when not that far, or rows is 0."""
-    targets = np.empty((rows, timeline.targets.shape[2]))
-    for k in range(rows):
-        committed_target(timeline, t0_ns + k * period_ns, targets[k])
-    return None if rows == 0 or np.isnan(targets).any() else targets
+        return Blind.MISSING
+    times_ns = [frame.t_capture_ns for frame in known.values()]
+    if max(times_ns) > now_ns:
+        return Blind.FUTURE
+    joints = history.at(min(times_ns))
+    if joints is None:
+        return Blind.MISSING
+    if now_ns - min(times_ns) > robot.config.max_frame_age_ms * 1e6:
+        return Blind.STALE
+    return Observation(known, state_values(robot, joints), min(times_ns))
 
 
 @dataclass(slots=True)
 class SchedulerStatus:
-    """What the thread says of itself. stale: how often no inference could start because a frame was missing or old."""
+    """What the thread says of itself.
+
+    late: chunks that were refused. stale, wrong_clock: how often no inference could start because a frame was missing
+    or old, or from the future. withdrawn: chunks of an instruction that had changed meanwhile. bound_broken: chunks at
+    which d <= s <= H - d did not hold; warning: what was wrong at the last that came, with the figures, or "".
+    """
 
     inferences: int = 0
     late: int = 0
     stale: int = 0
+    wrong_clock: int = 0
+    withdrawn: int = 0
+    bound_broken: int = 0
     delay_steps: int = 0
     last_inference_ns: int = 0
+    warning: str = ""
 
 
 class Scheduler:
@@ -160,39 +89,57 @@ class Scheduler:
 
     def __init__(
         self,
-        policy: Policy,
-        robot: Robot,
-        timeline: Timeline,
+        chunker: Chunker,
         *,
         cameras: Sequence[Camera],
         history: StateHistory,
         log: ChunkLog,
         instruction: str,
+        safety: Safety | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        """safety: is told of the faults of chunks, see the fault table."""
         self.status = SchedulerStatus()
-        self._policy, self._robot, self._timeline = policy, robot, timeline
+        self._safety = safety
+        self._chunker = chunker
         self._cameras, self._history, self._log, self._clock = cameras, history, log, clock
+        self._instruction = self._warm_instruction = instruction
+        self._low_gates = 0
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where the chunks go."""
+        return self._chunker.timeline
+
+    def set_instruction(self, instruction: str) -> None:
+        """From any thread: what is inferred from now on. A chunk that is being inferred for the old one never runs.
+
+        The robot goes on with the chunk in force until the first one of the new instruction. Raises InstructionError;
+        then nothing changes.
+        """
+        self._chunker.policy.language.prompt(instruction)
         self._instruction = instruction
-        self._delay = DelayEstimate(robot.policy_period_ns, robot.config.margin_steps)
-        self._last_t0_ns = self._last_seam_ns = -1
+        self._chunker.hurry()
 
     def warm_up(self, timeout_s: float = 10.0) -> list[int]:
-        """Infer twice and publish nothing; returns how long each took, ns. Raises NoFrames.
+        """Infer twice and publish nothing; returns how long each took, ns. Raises NoFrames, DelayTooLong.
 
         The first allocates and is no measure of anything; the second is the first measure of the delay.
         """
-        cold, warm = (self._time_inference(timeout_s) for _ in range(2))
-        self._delay.add(warm[1])
-        return [cold[0], warm[0]]
+        took_ns = [self._time_inference(timeout_s, is_cold) for is_cold in (True, False)]
+        self.status.warning = self._chunker.check_start()
+        if self.timeline.published[0] > 0:
+            self._report(Fault.POLICY_RESTARTED)
+        return took_ns
 
-    def _time_inference(self, timeout_s: float) -> tuple[int, int]:
-        """(How long an inference takes, how old its observation is by its end), ns."""
+    def _time_inference(self, timeout_s: float, is_cold: bool) -> int:
         observation = self._first_observation(timeout_s)
         started_ns = self._clock()
-        plan(self._policy, self._robot, self._timeline, observation, self._instruction)
+        self._chunker.plan(observation, self._instruction)
         ended_ns = self._clock()
-        return ended_ns - started_ns, ended_ns - observation.t_capture_ns
+        if not is_cold:
+            self._chunker.count_delay(observation.t_capture_ns, ended_ns)
+        return ended_ns - started_ns
 
     def run(self, stop: threading.Event) -> None:
         """Infer until `stop`. What the policy or a camera raises goes to the caller, which stops the robot."""
@@ -205,41 +152,73 @@ class Scheduler:
                 self._infer(observation, now_ns, stop)
 
     def _next_observation(self, now_ns: int) -> Observation | None:
-        """An observation newer than the last one used, once it is time for it."""
-        steps = self._robot.config.execute_steps
-        if steps and now_ns < self._last_seam_ns + steps * self._robot.policy_period_ns:
+        """An observation, once it is time for it."""
+        seen = observe(self._cameras, self._history, self._chunker.robot, now_ns)
+        if isinstance(seen, Blind):
+            self.status.wrong_clock += seen is Blind.FUTURE
+            self.status.stale += seen is not Blind.FUTURE
             return None
-        observation = observe(self._cameras, self._history, self._robot, now_ns)
-        self.status.stale += observation is None
-        if observation is None or observation.t_capture_ns <= self._last_t0_ns:
-            return None
-        return observation
+        return seen if self._chunker.is_due(seen.t_capture_ns) else None
 
     def _infer(self, observation: Observation, started_ns: int, stop: threading.Event) -> None:
-        observed_ns = self._clock()
-        delay = self.status.delay_steps = self._delay.steps()
-        made = plan(self._policy, self._robot, self._timeline, observation, self._instruction, delay=delay)
+        instruction, observed_ns = self._instruction, self._clock()
+        plan = self._chunker.plan(observation, instruction)
         inferred_ns = self._clock()
         if stop.is_set():
             return
-        first_row = self._publish(made, inferred_ns)
+        if instruction is not self._instruction:
+            self.status.withdrawn += 1
+            return
+        is_new, is_early = instruction != self._warm_instruction, is_pending(self.timeline, inferred_ns)
+        first_row = self._chunker.publish(plan, inferred_ns, is_cold=is_new)
+        self._warm_instruction = instruction
         published_ns = self._clock()
-        self._delay.add(published_ns - made.t0_ns)
-        self.status.inferences += 1
-        self.status.last_inference_ns = published_ns - started_ns
-        self._last_t0_ns = made.t0_ns
-        chunk_id = EMPTY if first_row == LATE else int(self._timeline.published[0]) - 1
-        times = made.output.times
+        self._tell(plan, first_row, published_ns - started_ns)
+        self._judge(plan, first_row, is_new=is_new, is_early=is_early)
+        self._keep(plan, first_row, started_ns, observed_ns, published_ns)
+
+    def _tell(self, plan: Plan, first_row: int, took_ns: int) -> None:
+        status = self.status
+        status.inferences += 1
+        status.late += first_row < 0
+        status.delay_steps, status.last_inference_ns = plan.budget, took_ns
+        status.warning = self._chunker.problem()
+        status.bound_broken += bool(status.warning)
+
+    def _judge(self, plan: Plan, first_row: int, *, is_new: bool, is_early: bool) -> None:
+        """Report what the fault table has of a chunk that came. is_early: before the last one's seam."""
+        if first_row in FAULT_OF_REFUSAL:
+            self._report(FAULT_OF_REFUSAL[first_row])
+        elif self._chunker.executed > plan.budget:
+            self._report(Fault.CHUNK_LATE)
+        if first_row >= 0 and is_early:
+            self._report(Fault.CHUNK_OVERTAKEN)
+        if is_new:
+            self._report(Fault.INSTRUCTION_CHANGED)
+        gate, low = plan.output.gate, self._chunker.robot.config.min_gate
+        self._low_gates = self._low_gates + 1 if gate.size and gate.mean() < low else 0
+        if self._safety is not None:
+            set_condition(self._safety, Fault.DELAY_OVER_BUDGET, bool(self.status.warning))
+            set_condition(self._safety, Fault.PERCEPTION_SHIFT, self._low_gates >= LOW_GATES)
+
+    def _report(self, fault: Fault) -> None:
+        if self._safety is not None:
+            report(self._safety, fault)
+
+    def _keep(self, plan: Plan, first_row: int, started_ns: int, observed_ns: int, published_ns: int) -> None:
+        timeline, times = self.timeline, plan.output.times
         self._log.append(
-            made.targets,
+            plan.targets,
             {
-                "chunk_id": chunk_id,
-                "t0_ns": made.t0_ns,
+                "chunk_id": EMPTY if first_row < 0 else int(timeline.published[0]) - 1,
+                "observed_ns": plan.observed_ns,
+                "t0_ns": plan.observed_ns if first_row < 0 else int(timeline.newest_t0_ns[0]),
                 "started_ns": started_ns,
                 "published_ns": published_ns,
-                "delay": made.delay,
+                "budget": plan.budget,
+                "delay": plan.locked,
                 "first_row": first_row,
-                "camera_age_ns": started_ns - made.t0_ns,
+                "camera_age_ns": started_ns - plan.observed_ns,
                 "observe_ns": observed_ns - started_ns + times.observe_ns,
                 "prefix_ns": times.prefix_ns,
                 "flow_ns": times.flow_ns,
@@ -247,25 +226,11 @@ class Scheduler:
             },
         )
 
-    def _publish(self, made: Plan, now_ns: int) -> int:
-        period_ns = self._robot.policy_period_ns
-        first_row = publish(
-            self._timeline,
-            made.targets,
-            t0_ns=made.t0_ns,
-            period_ns=period_ns,
-            now_ns=now_ns,
-            locked_rows=made.delay,
-        )
-        self.status.late += first_row == LATE
-        self._last_seam_ns = made.t0_ns + max(first_row, 0) * period_ns
-        return first_row
-
     def _first_observation(self, timeout_s: float) -> Observation:
         deadline_ns = self._clock() + int(timeout_s * 1e9)
         while self._clock() < deadline_ns:
-            observation = observe(self._cameras, self._history, self._robot, self._clock())
-            if observation is not None:
+            observation = observe(self._cameras, self._history, self._chunker.robot, self._clock())
+            if not isinstance(observation, Blind):
                 return observation
             time.sleep(POLL_S)
         raise NoFrames(_frames_text(self._cameras, self._clock(), timeout_s))

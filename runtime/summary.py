@@ -13,6 +13,7 @@ from onbeat.runtime import record
 from onbeat.runtime.measures import figure, summarise_ns, text_table, wilson_interval
 from onbeat.runtime.run_records import RunRecords, Truth
 from onbeat.runtime.tick import FLAG_NAMES, REFUSED
+from onbeat.runtime.timeline import REFUSALS
 
 LIMIT_FLAGS = (POSITION, VELOCITY, ACCELERATION, REFUSED)
 
@@ -65,15 +66,19 @@ FIELDS = (
     Field("held_ticks", "count", "ticks on which no row of a chunk was due and the robot held its position"),
     Field("stages", "name: n, ms", "latency of every stage: n, p50_ms, p95_ms, p99_ms, max_ms"),
     Field("inference", "n, ms", "inference thread woken to chunk published"),
-    Field("reaction", "n, ms", "row 0 due (capture of the observation) to chunk published"),
+    Field("reaction", "n, ms", "capture of the observation to chunk published"),
     Field("chunks", "count", "chunks published in time"),
-    Field("chunks_late", "count", "chunks dropped because all their rows were past"),
+    Field("chunks_refused", "why: count", "chunks that never ran, by timeline.REFUSALS"),
     Field("policy_period_s", "s", "time between two rows of a chunk"),
+    Field("mode", "name", "how chunks join: sync, async, locked or guided"),
+    Field("delay_budget", "policy steps: chunks", "the delay d that a chunk was planned with"),
     Field("delay_used", "policy steps: chunks", "rows locked to the previous chunk when a chunk was sampled"),
     Field(
-        "delay_executed", "policy steps: chunks", "rows due after the observation that were still the previous chunk's"
+        "delay_executed",
+        "policy steps: chunks",
+        "rows due after the observation that ran as committed before it, counted from the loop's ticks",
     ),
-    Field("delay_exceeded", "count", "chunks that came later than the rows locked for them"),
+    Field("delay_exceeded", "count", "chunks whose executed delay was above the budget they were planned with"),
     Field("limit_events", "kind: count", "commands cut by a limit"),
     Field("faults", "kind: count", "bus and camera faults"),
     Field("attempts", "count", "tries at the task that ended, in success or by time; judged in the twin's world"),
@@ -133,20 +138,33 @@ def stage_samples(run: RunRecords) -> dict[str, NDArray[np.int64]]:
 def _inference(run: RunRecords) -> dict[str, Any]:
     chunks = run.chunks
     published = [chunk for chunk in chunks if chunk.chunk_id >= 0]
+    executed = executed_delays(run)
     return {
         "inference": asdict(summarise_ns([chunk.published_ns - chunk.started_ns for chunk in chunks])),
-        "reaction": asdict(summarise_ns([chunk.published_ns - chunk.t0_ns for chunk in chunks])),
+        "reaction": asdict(summarise_ns([chunk.published_ns - chunk.observed_ns for chunk in chunks])),
         "chunks": len(published),
-        "chunks_late": len(chunks) - len(published),
+        "chunks_refused": _counts(REFUSALS[chunk.first_row] for chunk in chunks if chunk.chunk_id < 0),
         "policy_period_s": run.policy_period_ns / 1e9,
         "delay_used": _counts(chunk.delay for chunk in published),
-        "delay_executed": _counts(chunk.first_row for chunk in published),
-        "delay_exceeded": sum(0 < chunk.delay < chunk.first_row for chunk in published),
+        "delay_budget": _counts(chunk.budget for chunk in published),
+        "delay_executed": _counts(executed.values()),
+        "delay_exceeded": sum(executed.get(chunk.chunk_id, 0) > chunk.budget for chunk in published),
     }
 
 
-def _counts(values: Iterable[int]) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values).items())}
+def executed_delays(run: RunRecords) -> dict[int, int]:
+    """Chunk id -> the rows of it that ran as something older had it, for chunks that ran.
+
+    Of the first tick under a chunk, its row counts as well when it is one that repeats the old path.
+    """
+    ids, first = np.unique(run.ticks.chunk_id, return_index=True)
+    begun = dict(zip(ids.tolist(), run.ticks.row[first].tolist(), strict=True))
+    ran = {chunk.chunk_id: chunk.first_row for chunk in run.chunks if chunk.chunk_id in begun and chunk.chunk_id >= 0}
+    return {chunk: begun[chunk] + (begun[chunk] < first_row) for chunk, first_row in ran.items()}
+
+
+def _counts(values: Iterable[object]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items(), key=lambda item: item[0])}
 
 
 def _task(truth: Truth | None) -> dict[str, Any]:
@@ -185,7 +203,7 @@ def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "inference p50 / p99",
             f"{figure(report['inference']['p50_ms'], 1)} / {figure(report['inference']['p99_ms'], 1)} ms",
         ),
-        ("chunks beyond their delay", f"{report['delay_exceeded']} of {report['chunks']}"),
+        ("chunks beyond their delay budget", f"{report['delay_exceeded']} of {report['chunks']}"),
         ("ticks held", str(report["held_ticks"])),
         ("limit events", ", ".join(f"{kind} {count}" for kind, count in report["limit_events"].items()) or "none"),
         (

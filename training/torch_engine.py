@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.engine import FlowResult, PolicyInputs, PolicySpec, SamplerSpec
+from onbeat.runtime.engine import FlowResult, Guidance, PolicyInputs, PolicySpec, SamplerSpec, check_guidance
 from onbeat.training.checkpoint import load_checkpoint
 from onbeat.training.config import PolicyConfig
 from onbeat.training.model.heads import UNIFIED
 from onbeat.training.model.policy import Cache, Policy
-from onbeat.training.model.sampler import Lock, choose_sampler, fit_chunk, sample_chunk
+from onbeat.training.model.sampler import Lock, Pull, choose_sampler, fit_chunk, sample_chunk
 from onbeat.training.model.vision import normalise_views
 
 # Letters as in onbeat.runtime.engine.
@@ -58,6 +58,7 @@ class TorchEngine:
         directions: NDArray[np.float32] | None = None,
         prev_chunk: NDArray[np.float32] | None = None,
         delay: int = 0,
+        guidance: Guidance | None = None,
     ) -> FlowResult:
         """Sample one chunk, as `Engine.flow`. Raises EngineInputError."""
         _check_values("noise", noise, (self.spec.sampler.iterations, self.spec.chunk, UNIFIED))
@@ -68,6 +69,7 @@ class TorchEngine:
             _tensor(noise).unsqueeze(1),
             directions=self._directions(directions),
             lock=self._lock(prev_chunk, delay),
+            pull=self._pull(prev_chunk, guidance),
         )
         return FlowResult(sampled.actions[0].numpy(), sampled.gate[..., 0].numpy(), sampled.cost[..., 0].numpy())
 
@@ -101,6 +103,14 @@ class TorchEngine:
             return None
         _check_values("prev_chunk", prev_chunk, (max(len(prev_chunk), 1), UNIFIED))
         return Lock(fit_chunk(_tensor(prev_chunk), self.spec.chunk), delay)
+
+    def _pull(self, prev_chunk: NDArray[np.float32] | None, guidance: Guidance | None) -> Pull | None:
+        if guidance is None:
+            return None
+        check_guidance(guidance, prev_chunk, self.spec)
+        assert prev_chunk is not None
+        _check_values("prev_chunk", prev_chunk, (max(len(prev_chunk), 1), UNIFIED))
+        return Pull(fit_chunk(_tensor(prev_chunk), self.spec.chunk), _tensor(guidance.weights), guidance.beta)
 
 
 def build_engine(
@@ -146,6 +156,7 @@ def describe_policy(config: PolicyConfig, sampler: SamplerSpec, views: int) -> P
         understanding_width=config.decoder.und.width,
         trained_delay=config.delay.longest,
         sampler=sampler,
+        guidance=True,
     )
 
 

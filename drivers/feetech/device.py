@@ -14,6 +14,7 @@ from onbeat.drivers.feetech import errors, protocol
 from onbeat.drivers.feetech.exchange import Wire, drain, exchange_joints, transact
 from onbeat.drivers.feetech.tables import CENTRE_STEP, MAX_ID, MODEL_NUMBER, REGISTER, Instruction, Status
 from onbeat.drivers.interfaces import JointState
+from onbeat.kernels.clock import new_timespec
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +98,14 @@ def allocate_wire(fd: int, joints: Mapping[str, JointCalibration], settings: Bus
         velocity_rad_s=np.zeros(count),
         load=np.zeros(count),
         status=np.zeros(count, np.uint8),
+        temperature_c=np.zeros(count),
         t_ns=np.zeros(1, np.int64),
         counts=np.zeros(len(protocol.FAULT_NAMES), np.int64),
         limits=np.array([settings.timeout_ms * 1e6, settings.settle_ms * 1e6, settings.retries], np.int64),
         outgoing=np.zeros(64 + 4 * count, np.uint8),
         incoming=np.zeros(256 + 16 * count, np.uint8),
         pollfd=np.zeros(2, np.int32),
-        timespec=np.zeros(2, np.int64),
+        timespec=new_timespec(),
     )
 
 
@@ -139,6 +141,11 @@ class FeetechBus:
     def fd(self) -> int:
         """The open port."""
         return self.wire.fd
+
+    @property
+    def servos(self) -> tuple[JointCalibration, ...]:
+        """Where each joint's servo is, in the order of `joints`."""
+        return tuple(self._calibration.values())
 
     def faults(self) -> dict[str, int]:
         """How often each fault occurred since the bus opened, retried ones included; "ok" counts good exchanges."""
@@ -221,14 +228,18 @@ class FeetechBus:
         raise self._error(fault, joint)
 
     def _finish(self, outcome: int, into: JointState | None) -> None:
-        fault, joint = outcome & 15, self.joints[outcome >> 4]
+        fault = outcome & 15
         if into is not None and fault in (protocol.OK, protocol.SERVO_FAULT):
             into.t_ns = int(self.wire.t_ns[0])
             into.position_rad[:] = self.wire.position_rad
             into.velocity_rad_s[:] = self.wire.velocity_rad_s
             into.load[:] = self.wire.load
         if fault != protocol.OK:
-            raise self._error(fault, joint)
+            raise self.error_of(outcome)
+
+    def error_of(self, outcome: int) -> errors.BusError:
+        """The error that an exchange's outcome, not OK, stands for."""
+        return self._error(outcome & 15, self.joints[outcome >> 4])
 
     def _error(self, fault: int, joint: str) -> errors.BusError:
         servo = f"servo {self._calibration[joint].servo_id} ({joint})"

@@ -1,13 +1,14 @@
 """One exchange on an open port, compiled: write, wait, read, check, retry. Never touches the interpreter's lock.
 
 The loop may call `exchange_joints` from compiled code of its own; `device.py` calls it from Python. A pty and a serial
-port are the same here. Linux only: libc by name, `pollfd` and `timespec` as little-endian words.
+port are the same here. Linux only: libc by name, `pollfd` and `timespec` as little-endian words. Waiting is `ppoll`,
+which counts in nanoseconds: at 200 Hz the millisecond of `poll` would be a fifth of a period.
 """
 
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
 from onbeat.drivers.feetech.protocol import (
@@ -23,14 +24,16 @@ from onbeat.drivers.feetech.protocol import (
     take_states,
 )
 from onbeat.drivers.feetech.tables import STATE_ADDRESS, STATE_SIZE
+from onbeat.kernels.clock import monotonic_ns
+from onbeat.kernels.compiled import compiled
 
 _read: Any = types.ExternalFunction("read", types.intp(types.int32, types.voidptr, types.uintp))
 _write: Any = types.ExternalFunction("write", types.intp(types.int32, types.voidptr, types.uintp))
-_poll: Any = types.ExternalFunction("poll", types.int32(types.voidptr, types.uintp, types.int32))
-_clock: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.voidptr))
+_ppoll: Any = types.ExternalFunction("ppoll", types.int32(types.voidptr, types.uintp, types.voidptr, types.voidptr))
 _errno: Any = types.ExternalFunction("__errno_location", types.CPointer(types.int32)())
 
-_CLOCK_MONOTONIC: Final = 1
+_NS_PER_S: Final = 1_000_000_000
+MAX_DRAIN_READS: Final = 64
 _POLLIN: Final = 1
 _POLLOUT: Final = 4
 _EINTR: Final = 4
@@ -40,7 +43,8 @@ _EAGAIN: Final = 11
 class Wire(NamedTuple):
     """Everything an exchange touches, allocated once. J joints.
 
-    ids, zero_steps, direction: (J,), one servo each. position_rad, velocity_rad_s, load, status: (J,), newest answer.
+    ids, zero_steps, direction: (J,), one servo each. position_rad, velocity_rad_s, load, status, temperature_c: (J,),
+    newest answer.
     t_ns: [0] monotonic clock, middle of the newest good exchange. counts: by fault code of `protocol`.
     limits: [0] time-out ns, [1] how long the line must be silent after a fault, ns, [2] retries.
     """
@@ -53,6 +57,7 @@ class Wire(NamedTuple):
     velocity_rad_s: NDArray[np.float64]
     load: NDArray[np.float64]
     status: NDArray[np.uint8]
+    temperature_c: NDArray[np.float64]
     t_ns: NDArray[np.int64]
     counts: NDArray[np.int64]
     limits: NDArray[np.int64]
@@ -62,25 +67,20 @@ class Wire(NamedTuple):
     timespec: NDArray[np.int64]
 
 
-@njit(cache=True, nogil=True)
-def monotonic_ns(timespec: NDArray[np.int64]) -> int:
-    """`time.monotonic_ns()`; timespec: (2,) scratch."""
-    _clock(_CLOCK_MONOTONIC, timespec.ctypes)
-    return timespec[0] * 1_000_000_000 + timespec[1]
-
-
-@njit(cache=True, nogil=True)
+@compiled
 def _was_interrupted() -> bool:
     code = _errno()[0]
     return code in (_EINTR, _EAGAIN)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def wait_ready(wire: Wire, events: int, timeout_ns: int) -> int:
     """Wait for the port: 1 ready, 0 time-out, -1 the port is gone."""
     wire.pollfd[0] = wire.fd
     wire.pollfd[1] = events
-    ready = _poll(wire.pollfd.ctypes, 1, max(0, (timeout_ns + 999_999) // 1_000_000))
+    left_ns = max(0, timeout_ns)
+    wire.timespec[0], wire.timespec[1] = left_ns // _NS_PER_S, left_ns % _NS_PER_S
+    ready = _ppoll(wire.pollfd.ctypes, 1, wire.timespec.ctypes, 0)
     if ready < 0:
         return 0 if _was_interrupted() else -1
     returned = (wire.pollfd[1] >> 16) & 0xFFFF
@@ -89,7 +89,7 @@ def wait_ready(wire: Wire, events: int, timeout_ns: int) -> int:
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def read_some(wire: Wire, start: int, end: int) -> int:
     """Read what is there into incoming[start:end]: bytes, 0 when nothing was, -1 when the port is gone."""
     count = _read(wire.fd, wire.incoming[start:end].ctypes, end - start)
@@ -98,11 +98,14 @@ def read_some(wire: Wire, start: int, end: int) -> int:
     return 0 if count < 0 and _was_interrupted() else -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def drain(wire: Wire, silence_ns: int) -> int:
-    """Discard input until the line was silent for `silence_ns`; returns bytes discarded, -1 when the port is gone."""
+    """Discard input until the line was silent for `silence_ns`; returns bytes discarded, -1 when the port is gone.
+
+    A line that never falls silent is left after MAX_DRAIN_READS, so that noise cannot keep the loop.
+    """
     discarded = 0
-    while True:
+    for _ in range(MAX_DRAIN_READS):
         ready = wait_ready(wire, _POLLIN, silence_ns)
         if ready <= 0:
             return ready if ready < 0 else discarded
@@ -110,9 +113,10 @@ def drain(wire: Wire, silence_ns: int) -> int:
         if count < 0:
             return -1
         discarded += count
+    return discarded
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def send(wire: Wire, length: int, deadline_ns: int) -> int:
     """Write outgoing[:length]: OK, or PORT_LOST when the port takes nothing before the deadline or is gone."""
     sent = 0
@@ -128,7 +132,7 @@ def send(wire: Wire, length: int, deadline_ns: int) -> int:
     return OK
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def receive(wire: Wire, length: int, deadline_ns: int) -> int:
     """Read `length` bytes into incoming; returns how many came before the deadline, -1 when the port is gone.
 
@@ -149,7 +153,7 @@ def receive(wire: Wire, length: int, deadline_ns: int) -> int:
     return received
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def transact(wire: Wire, length: int, reply_length: int) -> int:
     """Send outgoing[:length] and read `reply_length` bytes; returns how many came, -1 when the port is gone.
 
@@ -166,7 +170,7 @@ def transact(wire: Wire, length: int, reply_length: int) -> int:
     return receive(wire, reply_length, deadline_ns)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def exchange_joints(wire: Wire, goal_rad: NDArray[np.float64], writes: bool, reads: bool) -> int:
     """Send goals (J,) in rad when `writes`, then read every joint when `reads`, in one burst.
 
@@ -191,7 +195,7 @@ def exchange_joints(wire: Wire, goal_rad: NDArray[np.float64], writes: bool, rea
     return outcome
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _try_once(wire: Wire, length: int, reply_length: int) -> int:
     begin_ns = monotonic_ns(wire.timespec)
     received = transact(wire, length, reply_length)
@@ -209,6 +213,7 @@ def _try_once(wire: Wire, length: int, reply_length: int) -> int:
         wire.velocity_rad_s,
         wire.load,
         wire.status,
+        wire.temperature_c,
     )
     if outcome & 15 in (OK, SERVO_FAULT):
         wire.t_ns[0] = (begin_ns + monotonic_ns(wire.timespec)) // 2

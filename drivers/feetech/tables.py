@@ -118,6 +118,6 @@ REGISTERS = (
 REGISTER = {register.name: register for register in REGISTERS}
 MEMORY_SIZE = 71
 
-# What one sync read fetches: position, velocity and load lie side by side.
+# What one sync read fetches: position, velocity, load, voltage and temperature lie side by side.
 STATE_ADDRESS = REGISTER["present_position"].address
-STATE_SIZE = 6
+STATE_SIZE = 8

@@ -10,11 +10,22 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from onbeat.drivers.twin.frames import FrameWriter, RingReader
+from onbeat.drivers.twin.frames import FrameWriter, RingReader, Stamped
+from onbeat.drivers.twin.inject import (
+    CAMERA_BLANK,
+    CAMERA_FROZEN,
+    CAMERA_STOPPED,
+    CLOCK_JUMPED,
+    CLOCK_STALLED,
+    JUMP_NS,
+    Injector,
+)
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.drivers.twin.render import RenderUnavailable
 
@@ -29,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", required=True, help="prefix of the rings to publish, one per view")
     parser.add_argument("--frame-size", type=int, default=112, help="pixels (default %(default)s)")
     parser.add_argument("--rate-hz", type=float, default=10.0, help="default %(default)s")
+    parser.add_argument("--injections", type=Path, required=True, help="folder of the file that asks for faults")
     options = parser.parse_args(argv)
     end_with_parent()
     stop = stop_on_signal()
@@ -36,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     world = World(frame_size=(options.frame_size, options.frame_size))
     writers = {view: FrameWriter(f"{options.frames}-{view}", *world.frame_size) for view in VIEWS}
+    lens = FaultyLens(world, Injector(options.injections))
     try:
-        draw_views(world, RingReader(options.snapshots), writers)
+        draw_views(lens, RingReader(options.snapshots), writers)
         print(json.dumps({"ready": True}), flush=True)
-        draw_until(stop, round(1e9 / options.rate_hz), world, RingReader(options.snapshots), writers)
+        draw_until(stop, round(1e9 / options.rate_hz), lens, RingReader(options.snapshots), writers)
     except RenderUnavailable as fault:
         print(json.dumps({"error": str(fault)}), flush=True)
         return 1
@@ -51,25 +64,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_until(
-    stop: threading.Event, period_ns: int, world: "World", snapshots: RingReader, writers: dict[str, FrameWriter]
+    stop: threading.Event, period_ns: int, lens: "FaultyLens", snapshots: RingReader, writers: dict[str, FrameWriter]
 ) -> None:
     """Draw on absolute deadlines; one that has passed is dropped."""
     next_ns = time.monotonic_ns()
     while not stop.is_set():
-        draw_views(world, snapshots, writers)
+        draw_views(lens, snapshots, writers)
         now_ns = time.monotonic_ns()
         next_ns += period_ns * max(1, -(-(now_ns - next_ns) // period_ns))
         stop.wait((next_ns - now_ns) * 1e-9)
 
 
-def draw_views(world: "World", snapshots: RingReader, writers: dict[str, FrameWriter]) -> None:
+def draw_views(lens: "FaultyLens", snapshots: RingReader, writers: dict[str, FrameWriter]) -> None:
     """Draw every view of the newest snapshot; its time is when the frames were captured."""
     snapshot = snapshots.latest()
     if snapshot is None:
         return
-    world.set_qpos_snapshot(snapshot.payload.view(np.float64))
+    lens.aim(snapshot)
     for view, writer in writers.items():
-        writer.publish(world.render(view), snapshot.t_ns)
+        frame = lens.frame(view)
+        if frame is not None:
+            writer.publish(frame, lens.t_ns)
+
+
+class FaultyLens:
+    """Pictures of a world and their time, or what the injector says in their place."""
+
+    def __init__(self, world: "World", injector: Injector) -> None:
+        self._world, self._injector = world, injector
+        self._last: dict[str, NDArray[np.uint8]] = {}
+        self.t_ns = 0
+
+    def aim(self, snapshot: Stamped) -> None:
+        """Take a world's snapshot and its time: the last again when the clock stalls, a later one when it jumped."""
+        present = self._injector.look(time.monotonic_ns())
+        self._world.set_qpos_snapshot(snapshot.payload.view(np.float64))
+        if CLOCK_STALLED not in present:
+            self.t_ns = snapshot.t_ns + (JUMP_NS if CLOCK_JUMPED in present else 0)
+
+    def frame(self, view: str) -> NDArray[np.uint8] | None:
+        """(height, width, 3) uint8, or None when no frame is to come."""
+        present = self._injector.present
+        if CAMERA_STOPPED in present:
+            return None
+        if CAMERA_FROZEN in present and view in self._last:
+            return self._last[view]
+        self._last[view] = self._world.render(view)
+        return np.zeros_like(self._last[view]) if CAMERA_BLANK in present else self._last[view]
 
 
 if __name__ == "__main__":

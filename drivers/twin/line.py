@@ -20,24 +20,34 @@ class FarEnd(Protocol):
 
 
 class ServoLine:
-    """One bus. `port` is what a client opens. paced: replies wait for the wire's time; else they go out at once."""
+    """One bus. `port` is what a client opens, another after every `plug`. paced: replies wait for the wire's time."""
 
     def __init__(self, far_end: FarEnd, *, paced: bool = True) -> None:
         self._far_end = far_end
         self._paced = paced
+        self._due: deque[tuple[int, bytes]] = deque()
+        self._free_ns = 0
+        self.plug()
+
+    def plug(self) -> None:
+        """Open a new pty; the servos are as they were."""
         self._master, self._slave = os.openpty()
         tty.setraw(self._slave)
         os.set_blocking(self._master, False)
         self.port = os.ttyname(self._slave)
-        self._due: deque[tuple[int, bytes]] = deque()
-        self._free_ns = 0
+        self._due.clear()
+
+    @property
+    def is_plugged(self) -> bool:
+        return self._master >= 0
 
     def serve_until(self, deadline_ns: int) -> None:
         """Take bytes and send due replies until the clock reads deadline_ns; looks at the port once at least."""
         while True:
             now_ns = time.monotonic_ns()
             wake_ns = min(deadline_ns, self._due[0][0]) if self._due else deadline_ns
-            ready, _, _ = select.select([self._master], [], [], max(0, wake_ns - now_ns) * 1e-9)
+            open_ports = [self._master] if self.is_plugged else []
+            ready, _, _ = select.select(open_ports, [], [], max(0, wake_ns - now_ns) * 1e-9)
             if ready:
                 self._take(os.read(self._master, _READ_SIZE))
             self._send_due()
@@ -46,10 +56,11 @@ class ServoLine:
 
     def close(self) -> None:
         """Hang up: a client sees its port gone. Closing twice is harmless."""
-        if self._master >= 0:
+        if self.is_plugged:
             os.close(self._master)
             os.close(self._slave)
             self._master = self._slave = -1
+            self._due.clear()
 
     def _take(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()

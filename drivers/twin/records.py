@@ -2,6 +2,7 @@
 
 - truth.jsonl: a line per 100 ms and per event (`TruthLine`), flushed, so that it can be followed
 - wire.bin: `GOAL_RECORD`s, one per sync write of goal positions
+- torque.jsonl: a line (`TorqueLine`) whenever a motor gets current that had none, or loses it
 - twin.json: counts, at the end
 """
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 TRUTH_FILE = "truth.jsonl"
 WIRE_FILE = "wire.bin"
+TORQUE_FILE = "torque.jsonl"
 COUNTS_FILE = "twin.json"
 GOAL_RECORD = np.dtype([("t_ns", "<i8"), ("goal_steps", "<i2", (6,))])
 
@@ -32,13 +34,23 @@ class TruthLine:
     event: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TorqueLine:
+    """t_ns: monotonic clock. holds: per joint, whether its motor gets current. position_rad: where the joints were."""
+
+    t_ns: int
+    holds: list[bool]
+    position_rad: list[float]
+
+
 class Recorder:
-    """Writes the three files of one run into a folder. A context manager."""
+    """Writes the files of one run into a folder. A context manager."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._truth = (folder / TRUTH_FILE).open("w", encoding="utf-8", buffering=1)
+        self._torque = (folder / TORQUE_FILE).open("w", encoding="utf-8", buffering=1)
         self._wire = (folder / WIRE_FILE).open("wb")
 
     def add_truth(self, line: TruthLine) -> None:
@@ -47,10 +59,14 @@ class Recorder:
     def add_goals(self, t_ns: int, goal_steps: list[int]) -> None:
         self._wire.write(np.array((t_ns, goal_steps), GOAL_RECORD).tobytes())
 
+    def add_torque(self, line: TorqueLine) -> None:
+        self._torque.write(json.dumps(asdict(line)) + "\n")
+
     def close(self, counts: dict[str, int]) -> None:
         """Write the counts and close the files."""
         (self._folder / COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
         self._truth.close()
+        self._torque.close()
         self._wire.close()
 
 
@@ -60,6 +76,12 @@ def read_truth(folder: Path) -> Iterator[TruthLine]:
     for line in text.splitlines(keepends=True):
         if line.endswith("\n"):
             yield TruthLine(**json.loads(line))
+
+
+def read_torque(folder: Path) -> list[TorqueLine]:
+    """All changes of torque so far."""
+    text = (folder / TORQUE_FILE).read_text(encoding="utf-8")
+    return [TorqueLine(**json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_goals(folder: Path) -> NDArray[np.void]:

@@ -22,15 +22,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onbeat.drivers.twin.frames import SHARED_MEMORY, RingWriter
+from onbeat.drivers.twin.inject import UNPLUGGED, FaultyFarEnd, Injector
 from onbeat.drivers.twin.lifeline import claim_realtime, end_with_parent, stop_on_signal
 from onbeat.drivers.twin.line import ServoLine
-from onbeat.drivers.twin.records import Recorder, TruthLine
+from onbeat.drivers.twin.records import Recorder, TorqueLine, TruthLine
 from onbeat.drivers.twin.referee import Event, Referee
 from onbeat.drivers.twin.servos import ServoBank
 
 if TYPE_CHECKING:
     from onbeat.drivers.twin.world import World
 
+PORT_LINK = "port"
 PHYSICS_NS = 4_000_000
 JUDGE_NS = 20_000_000
 SAMPLE_NS = 100_000_000
@@ -58,9 +60,11 @@ class Twin:
         joints = world.position_rad.size
         self.settings = settings
         self.world = world
-        self.bank = ServoBank(range(1, joints + 1), self._note_goals)
-        self.line = ServoLine(self.bank, paced=settings.is_paced)
         self.recorder = Recorder(settings.run_dir)
+        self.bank = ServoBank(range(1, joints + 1), self._note_goals)
+        self.injector = Injector(settings.run_dir)
+        self.line = ServoLine(FaultyFarEnd(self.bank, self.injector), paced=settings.is_paced)
+        self._link_port()
         self.referee = Referee(round(settings.attempt_timeout_s * 1e9))
         self.snapshots = RingWriter(f"{ring_prefix()}-world", self.world.qpos_snapshot().nbytes)
         self.slipped_ns = 0
@@ -77,6 +81,7 @@ class Twin:
         next_ns = time.monotonic_ns()
         while not stop.is_set():
             next_ns += PHYSICS_NS
+            self._plug_or_unplug()
             self.line.serve_until(next_ns)
             self._advance()
             lag_ns = time.monotonic_ns() - next_ns
@@ -91,6 +96,24 @@ class Twin:
         attempts = {"attempts": self.referee.attempt, "lifted": self.referee.successes, "failed": self.referee.failures}
         self.recorder.close({**self.bank.counts, **attempts, "slipped_ns": self.slipped_ns})
 
+    @property
+    def port(self) -> str:
+        """The path that stays when the cable is pulled and plugged in again."""
+        return str(self.settings.run_dir.resolve() / PORT_LINK)
+
+    def _plug_or_unplug(self) -> None:
+        is_wanted = UNPLUGGED not in self.injector.look(time.monotonic_ns())
+        if self.line.is_plugged and not is_wanted:
+            Path(self.port).unlink()
+            self.line.close()
+        elif not self.line.is_plugged and is_wanted:
+            self.line.plug()
+            self._link_port()
+
+    def _link_port(self) -> None:
+        Path(self.port).unlink(missing_ok=True)
+        Path(self.port).symlink_to(self.line.port)
+
     def _wake_servos(self) -> None:
         world = self.world
         self.bank.sense(world.position_rad, world.velocity_rad_s, world.load, 0)
@@ -104,6 +127,8 @@ class Twin:
         if not np.array_equal(held, self._held):
             self.world.enable(held)
             self._held = held
+            where = self.world.position_rad.round(5).tolist()
+            self.recorder.add_torque(TorqueLine(time.monotonic_ns(), held.tolist(), where))
         self.world.set_goal_rad(self._goal_rad)
         self._world_ns += PHYSICS_NS
         self.world.step(self._world_ns - self.world.time_ns)
@@ -155,7 +180,7 @@ class CameraProcess:
         self.rings = {view: f"{ring_prefix()}-{view}" for view in views}
         command = [sys.executable, "-m", "onbeat.drivers.twin.cameras", "--snapshots", snapshots]
         command += ["--frames", ring_prefix(), "--frame-size", str(settings.frame_size)]
-        command += ["--rate-hz", str(settings.camera_rate_hz)]
+        command += ["--rate-hz", str(settings.camera_rate_hz), "--injections", str(settings.run_dir)]
         # One thread draws: the other core belongs to whoever drives the arm.
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "LP_NUM_THREADS": "1"})
 
@@ -228,6 +253,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if fault is not None:
                 print(json.dumps({"error": fault}), flush=True)
                 return 1
-        print(json.dumps({"port": twin.line.port, "frames": rings, "pid": os.getpid()}), flush=True)
+        print(json.dumps({"port": twin.port, "frames": rings, "pid": os.getpid()}), flush=True)
         twin.run(stop)
     return 0

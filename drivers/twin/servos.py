@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.drivers.feetech.protocol import (
+from onbeat.drivers.feetech.packets import (
     OVERHEAD,
     RAD_PER_STEP,
     checksum,
@@ -83,6 +83,8 @@ class Servo:
         self.put("id", servo_id)
         self.put("goal_position", CENTRE_STEP)
         self.injected = Status(0)
+        self.case_deg_c: int | None = None  # shown in place of the truth, as is the load
+        self.shown_load: float | None = None
         self.pending: bytes | None = None
         self.setpoint_steps = float(CENTRE_STEP)
         self.setpoint_velocity = 0.0
@@ -137,8 +139,10 @@ class Servo:
             self.setpoint_steps, self.setpoint_velocity = steps, 0.0
         share = min(max(load, -1.0), 1.0)
         position = to_sign_magnitude(round(steps) - motion.offset, 15)
-        velocity, duty = to_sign_magnitude(round(steps_s), 15), to_sign_magnitude(round(share * LOAD_FULL_SCALE), 10)
-        _PRESENT.pack_into(self.memory, _PRESENT_ADDRESS, position, velocity, duty, SUPPLY_DECIVOLT, CASE_DEG_C)
+        shown = share if self.shown_load is None else self.shown_load
+        velocity, duty = to_sign_magnitude(round(steps_s), 15), to_sign_magnitude(round(shown * LOAD_FULL_SCALE), 10)
+        warmth = CASE_DEG_C if self.case_deg_c is None else self.case_deg_c
+        _PRESENT.pack_into(self.memory, _PRESENT_ADDRESS, position, velocity, duty, SUPPLY_DECIVOLT, warmth)
         self._judge_load(abs(share) * 100.0, dt_ns, motion)
         self.memory[_STATUS_ADDRESS] = int(self.injected | self._trip)
         self.memory[_MOVING_ADDRESS] = abs(steps_s) > _MOVING_STEPS_S

@@ -22,11 +22,11 @@ def replaced(change: Callable[[bytes], bytes]) -> Callable[[Answer], Answer]:
     return lambda answer: Answer(change(answer.data), answer.wire_ns)
 
 
-DROP = replaced(lambda data: data[:24] + data[36:])
+DROP = replaced(lambda data: data[:28] + data[42:])
 SILENCE = replaced(lambda data: data[:0])
 CUT = replaced(lambda data: data[:-3])
-FLIP = replaced(lambda data: data[:30] + bytes((data[30] ^ 4,)) + data[31:])
-SWAP = replaced(lambda data: data[12:24] + data[:12] + data[24:])
+FLIP = replaced(lambda data: data[:34] + bytes((data[34] ^ 4,)) + data[35:])
+SWAP = replaced(lambda data: data[14:28] + data[:14] + data[28:])
 NOISE = replaced(lambda data: b"\x00" + data[:-1])
 
 

@@ -34,7 +34,7 @@ def test_packets_are_those_of_the_manual(servo_id: int, instruction: int, parame
 
 def test_sync_packets_are_those_summed_by_hand() -> None:
     assert protocol.reference_goals([1, 2], [2048, 1000]) == bytes.fromhex("FFFF FE 0A 83 2A 02 01 0008 02 E803 52")
-    assert protocol.reference_request([1, 2, 3, 4, 5, 6]) == bytes.fromhex("FFFF FE 0A 82 38 06 010203040506 22")
+    assert protocol.reference_request([1, 2, 3, 4, 5, 6]) == bytes.fromhex("FFFF FE 0A 82 38 08 010203040506 20")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_compiled_goals_equal_the_reference(steps: list[int]) -> None:
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_compiled_request_equals_the_reference(count: int) -> None:
     out = np.zeros(64, np.uint8)
-    end = protocol.put_request(out, 0, IDS[:count], 56, 6)
+    end = protocol.put_request(out, 0, IDS[:count], 56, 8)
     assert bytes(out[:end]) == protocol.reference_request(IDS[:count].tolist())
 
 
@@ -116,44 +116,46 @@ def test_the_ends_of_the_turn_are_allowed() -> None:
 def replies(states=STATES, error: int = 0) -> bytearray:
     names = ("present_position", "present_velocity", "present_load")
     blocks = [b"".join(protocol.encode_register(n, int(v)) for n, v in zip(names, row, strict=True)) for row in states]
+    blocks = [block + bytes((74, 30 + j)) for j, block in enumerate(blocks)]  # 7.4 V, 30, 31, ... degC
     return bytearray(b"".join(protocol.encode_packet(i, error, block) for i, block in enumerate(blocks, start=1)))
 
 
 def take(data: bytes) -> tuple[int, tuple[np.ndarray, ...]]:
     buffer = np.zeros(128, np.uint8)
     buffer[: len(data)] = np.frombuffer(bytes(data), np.uint8)
-    out = (np.full(6, 9.0), np.full(6, 9.0), np.full(6, 9.0), np.full(6, 9, np.uint8))
+    out = (np.full(6, 9.0), np.full(6, 9.0), np.full(6, 9.0), np.full(6, 9, np.uint8), np.full(6, 9.0))
     outcome = protocol.take_states(buffer, len(data), IDS, ZERO, DIRECTION, *out)
     return outcome, out
 
 
 def test_compiled_states_equal_the_reference() -> None:
     data = replies()
-    outcome, (position, velocity, load, status) = take(data)
+    outcome, (position, velocity, load, status, temperature_c) = take(data)
     assert outcome == protocol.OK
     for j in range(6):
-        steps, steps_s, share = protocol.reference_state(bytes(data[12 * j + 5 : 12 * j + 11]))
+        steps, steps_s, share, warmth = protocol.reference_state(bytes(data[14 * j + 5 : 14 * j + 13]))
         assert position[j] == pytest.approx(protocol.rad_of_steps(steps, int(ZERO[j]), int(DIRECTION[j])), abs=1e-12)
         assert velocity[j] == pytest.approx(DIRECTION[j] * steps_s * protocol.RAD_PER_STEP, abs=1e-12)
         assert load[j] == pytest.approx(DIRECTION[j] * share)
+        assert temperature_c[j] == warmth == 30 + j
     assert not status.any()
 
 
 def test_status_bits_are_told_after_the_states_were_stored() -> None:
-    outcome, (position, _, _, status) = take(replies(error=32))
+    outcome, (position, _, _, status, _) = take(replies(error=32))
     assert outcome == protocol.SERVO_FAULT
     assert status.tolist() == [32] * 6
     assert position[0] == 0.0
 
 
 @settings(deadline=None)
-@given(st.integers(0, 71), st.integers(1, 255))
+@given(st.integers(0, 83), st.integers(1, 255))
 def test_no_spoilt_byte_passes(place: int, change: int) -> None:
     data = replies()
     data[place] ^= change
     outcome, out = take(data)
     assert outcome & 15 not in (protocol.OK, protocol.SERVO_FAULT)
-    assert outcome >> 4 == place // 12
+    assert outcome >> 4 == place // 14
     assert all((array == 9).all() for array in out), "a bad block must not be stored, not even in part"
 
 
@@ -161,13 +163,13 @@ def test_no_spoilt_byte_passes(place: int, change: int) -> None:
     ("data", "fault", "joint"),
     [
         (b"", protocol.NO_REPLY, 0),
-        (replies()[:60], protocol.NO_REPLY, 5),
-        (replies()[:24] + replies()[36:], protocol.NO_REPLY, 2),
+        (replies()[:70], protocol.NO_REPLY, 5),
+        (replies()[:28] + replies()[42:], protocol.NO_REPLY, 2),
         (replies()[:2], protocol.SHORT_REPLY, 0),
-        (replies()[:70], protocol.SHORT_REPLY, 5),
-        (replies()[:34] + replies()[36:], protocol.SHORT_REPLY, 2),
-        (replies()[12:24] + replies()[:12] + replies()[24:], protocol.WRONG_SERVO, 0),
-        (b"\0" + replies()[:71], protocol.BAD_REPLY, 0),
+        (replies()[:82], protocol.SHORT_REPLY, 5),
+        (replies()[:40] + replies()[42:], protocol.SHORT_REPLY, 2),
+        (replies()[14:28] + replies()[:14] + replies()[28:], protocol.WRONG_SERVO, 0),
+        (b"\0" + replies()[:83], protocol.BAD_REPLY, 0),
     ],
 )
 def test_each_fault_has_its_code_and_joint(data: bytes, fault: int, joint: int) -> None:

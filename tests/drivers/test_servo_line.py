@@ -42,8 +42,8 @@ def test_a_reply_takes_the_time_of_the_wire(paced: ServoLine) -> None:
     os.write(fd, reference_request([1, 2, 3, 4, 5, 6]))
     while not select.select([fd], [], [], 0)[0]:
         serve_for(paced, 0.001)
-    assert time.monotonic() - begin >= (14 + 72) * 10 / 38400
-    assert len(os.read(fd, 4096)) == 72
+    assert time.monotonic() - begin >= (14 + 84) * 10 / 38400
+    assert len(os.read(fd, 4096)) == 84
     os.close(fd)
 
 

@@ -36,7 +36,7 @@ def test_answers_are_those_of_the_manual(bank: ServoBank, request_: str, reply: 
 
 def test_sync_read_is_answered_in_the_order_asked(bank: ServoBank) -> None:
     data = bank.feed(reference_request([5, 2, 6])).data
-    assert [data[12 * k + 2] for k in range(3)] == [5, 2, 6]
+    assert [data[14 * k + 2] for k in range(3)] == [5, 2, 6]
 
 
 def test_sync_write_is_obeyed_and_not_answered(bank: ServoBank) -> None:
@@ -123,9 +123,9 @@ def test_response_level_zero_acknowledges_no_write(bank: ServoBank) -> None:
 
 
 def test_wire_time_counts_bytes_and_delays(bank: ServoBank) -> None:
-    assert bank.feed(reference_request([1, 2, 3, 4, 5, 6])).wire_ns == (14 + 72) * 10_000
+    assert bank.feed(reference_request([1, 2, 3, 4, 5, 6])).wire_ns == (14 + 84) * 10_000
     write(bank, 3, "return_delay", 250)
-    assert bank.feed(reference_request([1, 2, 3, 4, 5, 6])).wire_ns == (14 + 72) * 10_000 + 500_000
+    assert bank.feed(reference_request([1, 2, 3, 4, 5, 6])).wire_ns == (14 + 84) * 10_000 + 500_000
     write(bank, 1, "baud_rate", 1)
     assert bank.feed(encode_packet(1, Instruction.PING)).wire_ns == 12 * 20_000
 

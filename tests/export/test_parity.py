@@ -75,10 +75,11 @@ def test_graphs_answer_what_the_network_answers(seed: int, tmp_path: Path) -> No
     prompt = draw_prompt(shape, seed)
     exported, network = open_both(shape, prompt, seed, tmp_path)
     generator = np.random.default_rng(seed)
-    free, locked = (draw_inputs(generator, exported.spec, prompt, index) for index in range(2))
+    free, locked, guided = (draw_inputs(generator, exported.spec, prompt, index) for index in range(3))
+    assert guided.guidance is not None
     short = replace(locked, prev_chunk=locked.prev_chunk[:2], delay=5)
     long = replace(locked, prev_chunk=np.resize(locked.prev_chunk, (shape.config.chunk + 3, 200)), delay=3)
-    for draw in (free, short, long, longer(free)):
+    for draw in (free, short, long, longer(free), guided, replace(guided, delay=0)):
         prefix, flow = compare(exported, network, draw)
         assert prefix <= TOLERANCE, shape
         assert flow <= TOLERANCE, shape

@@ -62,6 +62,8 @@ def test_manifest_names_every_shape_and_type(bundle: Path) -> None:
         "directions": ["float32", [1, 4, 16, 64]],
         "prev_chunk": ["float32", [16, 200]],
         "delay": ["int64", []],
+        "guidance_weights": ["float32", [16]],
+        "guidance_beta": ["float32", []],
     }
     assert graphs["flow"].outputs == {
         "actions": ["float32", [16, 200]],

@@ -12,13 +12,14 @@ import pytest
 
 from onbeat.drivers.feetech.errors import PortLost
 from onbeat.drivers.feetech.fake import FakeBus
-from onbeat.drivers.interfaces import Frame, JointState
+from onbeat.drivers.interfaces import Frame
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.daemon import Session, loaded_modules
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, load_robot
 
 ROWS, JOINTS = 16, 6
+RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
 
 
 class LiveCamera:
@@ -29,7 +30,7 @@ class LiveCamera:
 
     def latest(self) -> Frame:
         t_ns = (self.frozen_ns or time.monotonic_ns()) // 100_000_000 * 100_000_000
-        return Frame(t_ns // 100_000_000, t_ns, np.zeros((8, 8, 3), np.uint8))
+        return Frame(t_ns // 100_000_000, t_ns, np.random.default_rng(t_ns).integers(0, 255, (8, 8, 3), np.uint8))
 
     def close(self) -> None: ...
 
@@ -39,10 +40,10 @@ class SwingingPolicy:
 
     def __init__(self, robot: Robot, fails_at: int = 10**6) -> None:
         self.robot, self.fails_at, self.count = robot, fails_at, 0
-        self.spec = SimpleNamespace(chunk=ROWS, trained_delay=0)
+        self.spec = SimpleNamespace(chunk=ROWS, trained_delay=0, guidance=False)
         self.language = None
 
-    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0) -> PolicyOutput:  # noqa: ARG002
+    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0, guidance=None) -> PolicyOutput:  # noqa: ARG002
         self.count += 1
         if self.count == self.fails_at:
             raise OnbeatError("the state is not finite: check the sensor")
@@ -52,18 +53,18 @@ class SwingingPolicy:
 
 
 class CountingBus(FakeBus):
-    """A fake bus that counts faults, as the session's record asks, and loses its port after `lives` exchanges."""
+    """A fake bus that counts faults, as the session's record asks, and loses its port after `lives` goals."""
 
     lives = 10**6
 
     def faults(self) -> dict[str, int]:
         return {}
 
-    def exchange(self, goal_rad: np.ndarray, into: JointState) -> None:
+    def write(self, goal_rad: np.ndarray) -> None:
         self.lives -= 1
         if self.lives < 0:
             raise PortLost("the port is gone")
-        super().exchange(goal_rad, into)
+        super().write(goal_rad)
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +88,9 @@ def session(*, seconds: float = 1.0, fails_at: int = 10**6) -> Session:
 
 def assert_came_to_rest(run: Session) -> None:
     goals = run.ticks.arrays()["goal_rad"]
-    speed = np.diff(goals, axis=0) / 0.01
+    speed = np.diff(goals, axis=0) * RATE_HZ
     assert np.abs(speed).max() > 0.2
-    assert np.abs(np.diff(speed, axis=0)).max() <= 20.0 * 0.01 * (1 + 1e-9)
+    assert np.abs(np.diff(speed, axis=0)).max() <= 20.0 / RATE_HZ * (1 + 1e-9)
     assert (goals[-1] == goals[-2]).all()
 
 
@@ -124,7 +125,7 @@ def test_a_pulled_cable_ends_the_run_with_its_reason():
     run.bus.lives = 50  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(PortLost, match="plug the adapter in again"):
         run.run()
-    assert run.loop.status.ticks == 50
+    assert 50 <= run.loop.status.ticks < 200
 
 
 @pytest.mark.slow

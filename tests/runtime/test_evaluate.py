@@ -16,7 +16,7 @@ from onbeat.runtime.episode import BLANK, OTHER, Conditions, Episode, Outcome, S
 from onbeat.runtime.evaluate import CONTROLS, Evaluation, as_json, as_text, evaluate
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import load_robot, state_values
-from onbeat.runtime.timeline import LATE
+from onbeat.runtime.timeline import EXPIRED
 
 pytest.importorskip("mujoco")
 
@@ -47,7 +47,7 @@ class Scripted:
     seen: list = field(default_factory=list)
     noises: list = field(default_factory=list)
 
-    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0):  # noqa: ARG002
+    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0, guidance=None):  # noqa: ARG002
         self.seen.append(observation)
         self.noises.append(noise)
         rows = np.stack([self.targets(observation.t_capture_ns + k * PERIOD_NS) for k in range(CHUNK)])
@@ -111,8 +111,8 @@ def test_chunks_that_come_after_their_last_row_are_late_and_never_run(scene):
     conditions = replace(CONDITIONS, latency_ns=CHUNK * PERIOD_NS, timeout_ns=2_600_000_000)
     outcome = run_episode(scene, ROBOT, stay(), SEED, conditions)
     assert (outcome.chunks, outcome.held_ticks) == (0, 259)  # the first tick starts and does not hold
-    assert dict(outcome.delays) == {LATE: 2}
-    assert "late: 2" in as_text([Evaluation("none", conditions, (outcome,))])
+    assert dict(outcome.delays) == {EXPIRED: 2}
+    assert "expired: 2" in as_text([Evaluation("none", conditions, (outcome,))])
 
 
 def test_inference_waits_for_the_rows_that_are_to_be_executed(scene):

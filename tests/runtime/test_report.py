@@ -31,6 +31,7 @@ HEADER = {
     "real_time": {"SCHED_FIFO": "got"},
     "error": None,
     "instruction": "lift <the> cube & hold",
+    "mode": "async",
     "rate_hz_wanted": 100.0,
 }
 
@@ -43,6 +44,7 @@ def small_run(ticks: int = 400) -> RunRecords:
     goal = np.sin(np.arange(ticks) / 50)[:, None] * [1.0, 0.5]
     chunk_id = np.minimum((due - ZERO_NS - 100 * MS) // (200 * MS), 18)
     chunk_id = np.where(due < ZERO_NS + 100 * MS, -1, chunk_id)
+    chunk_id = np.where((due >= ZERO_NS + 1100 * MS) & (due < ZERO_NS + 1200 * MS), 4, chunk_id)  # 5 takes over late
     row = np.where(chunk_id < 0, -1, (due - ZERO_NS - chunk_id * 200 * MS) // PERIOD_NS)
     flags = np.where(chunk_id < 0, HELD, 0)
     flags[50], flags[51] = VELOCITY, VELOCITY | ACCELERATION
@@ -73,7 +75,7 @@ def small_chunk(k: int) -> ChunkRecord:
     stages = {"camera_age": 20 * MS, "observe": 2 * MS, "prefix": 15 * MS, "flow": 22 * MS, "publish": MS}
     late = k == 18
     first_row = -1 if late else 3 if k == 5 else 2
-    return ChunkRecord(-1 if late else k, t0, t0 + 20 * MS, t0 + (60 + k) * MS, 8, 2, first_row, stages)
+    return ChunkRecord(-1 if late else k, t0, t0, t0 + 20 * MS, t0 + (60 + k) * MS, 8, 2, 2, first_row, stages)
 
 
 def test_a_run_without_a_single_tick_has_a_report():
@@ -105,7 +107,8 @@ def test_figures_are_those_of_the_records():
         "acceleration limit": 1,
         "refused": 0,
     }
-    assert (figures["chunks"], figures["chunks_late"]) == (18, 1)
+    assert (figures["chunks"], figures["chunks_refused"]) == (18, {"expired": 1})
+    assert figures["delay_budget"] == {"2": 18}
     assert figures["delay_used"] == {"2": 18}
     assert figures["delay_executed"] == {"2": 17, "3": 1}
     assert figures["delay_exceeded"] == 1
@@ -205,15 +208,16 @@ def test_reports_are_written_from_the_files_of_a_run(tmp_path, capsys):
 
 def write_records(folder) -> None:
     """Three ticks, one chunk, two attempts, three goals with a gap: through the writers of the daemon and the twin."""
-    limits = JointLimits(*(np.array([bound]) for bound in (-1.0, 1.0, 3.0, 20.0)))
+    limits = JointLimits(*(np.array([bound]) for bound in (-1.0, 1.0, 3.0, 20.0, np.inf)))
     state, ticks = new_tick_state(limits, rate_hz=100.0, rows=2), TickLog(5, 1)
     state.measured_q[:] = state.command_q[:] = 0.1
     for k in range(3):
         ticks.append(state, due_ns=ZERO_NS + k * 10 * MS, start_ns=ZERO_NS + k * 10 * MS + 5000, exchange_ns=MS)
     chunks = ChunkLog(3, 2, 1)
     stages = {f"{stage}_ns": 5 * MS for stage in record.STAGES}
-    entry = {"chunk_id": 0, "t0_ns": ZERO_NS, "started_ns": ZERO_NS, "published_ns": ZERO_NS + 9 * MS}
-    chunks.append(np.zeros((2, 1)), {**entry, "delay": 0, "first_row": 1, **stages})
+    entry = {"chunk_id": 0, "published_ns": ZERO_NS + 9 * MS, "budget": 1, "delay": 0, "first_row": 1}
+    times = dict.fromkeys(("observed_ns", "t0_ns", "started_ns"), ZERO_NS)
+    chunks.append(np.zeros((2, 1)), {**entry, **times, **stages})
     run = {
         "started": "2026-11-24T12:00:00+0000",
         "config": {"bundle": str(folder / "gone"), "instruction": "lift"},
@@ -223,6 +227,7 @@ def write_records(folder) -> None:
         "status": {"missed": 7},
         "bus": {"ok": 900, "bad_checksum": 1, "no_reply": 0},
         "real_time": {},
+        "mode": "async",
         "error": None,
     }
     record.save(folder, ticks=ticks, chunks=chunks, run=run)

@@ -9,13 +9,17 @@ import pytest
 
 from onbeat.drivers.interfaces import Frame
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.loop import StateHistory
+from onbeat.embodiment.kinds import to_absolute
+from onbeat.runtime.chunker import Chunker
+from onbeat.runtime.delay import DelayTooLong
+from onbeat.runtime.faults import Fault
+from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.record import ChunkLog
-from onbeat.runtime.robots import Robot, action_values, build_robot, joint_targets, load_robot
-from onbeat.runtime.scheduler import DelayEstimate, NoFrames, Scheduler, observe, plan
+from onbeat.runtime.robots import Robot, build_robot, load_robot
+from onbeat.runtime.scheduler import Blind, NoFrames, Scheduler, observe
 from onbeat.runtime.tick import new_tick_state
-from onbeat.runtime.timeline import Timeline, committed_target, publish
+from onbeat.runtime.timeline import STALE, committed_target, find_slot, publish, refusals
 
 MS = 1_000_000
 PERIOD_NS = 100 * MS
@@ -45,16 +49,22 @@ class ScriptedPolicy:
 
     def __init__(self, robot: Robot, trained_delay: int = 0) -> None:
         self.robot = robot
-        self.spec = SimpleNamespace(chunk=ROWS, trained_delay=trained_delay)
-        self.language = SimpleNamespace(encode=lambda keys: robot.embodiment.flatten(keys).astype(np.float32))
+        self.spec = SimpleNamespace(
+            chunk=ROWS, trained_delay=trained_delay, guidance=True, sampler=SimpleNamespace(flow_steps=4)
+        )
+        self.language = SimpleNamespace(
+            encode=lambda keys: robot.embodiment.flatten(keys).astype(np.float32), prompt=self.check_instruction
+        )
         self.asked: list[dict] = []
         self.value = 0.1
         self.on_infer = lambda: None
 
-    def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0) -> PolicyOutput:  # noqa: ARG002
-        self.asked.append(
-            {"observation": observation, "instruction": instruction, "prev_chunk": prev_chunk, "delay": delay}
-        )
+    def check_instruction(self, instruction: str) -> None:
+        if "<|" in instruction:
+            raise OnbeatError("special tokens: leave them out")
+
+    def infer(self, observation, instruction, **told) -> PolicyOutput:
+        self.asked.append({"observation": observation, "instruction": instruction, **told})
         self.on_infer()
         keys = self.robot.embodiment.split(np.full((ROWS, JOINTS), self.value))
         empty = np.zeros((0, 0), np.float32)
@@ -64,7 +74,9 @@ class ScriptedPolicy:
 class Rig:
     """A scheduler whose clock is `now_ns`; an inference takes `takes_ns`."""
 
-    def __init__(self, *, trained_delay: int = 0, takes_ns: int = 60 * MS, **config: object) -> None:
+    def __init__(
+        self, *, mode: str = "async", trained_delay: int = 0, takes_ns: int = 60 * MS, **config: object
+    ) -> None:
         twin = load_robot("so101-twin")
         self.robot = build_robot(replace(twin.config, **config)) if config else twin
         self.now_ns, self.takes_ns = 10**12, takes_ns
@@ -73,16 +85,22 @@ class Rig:
         self.cameras = [ScriptedCamera("top"), ScriptedCamera("wrist")]
         self.history = StateHistory(JOINTS)
         self.log = ChunkLog(10, ROWS, JOINTS)
-        self.timeline: Timeline = new_tick_state(self.robot.limits, rate_hz=100, rows=ROWS).timeline
+        state = new_tick_state(self.robot.limits, rate_hz=100, rows=ROWS)
+        self.timeline, self.safety = state.timeline, state.safety
         self.stop = threading.Event()
+        self.mode = mode
+        self.start()
+
+    def start(self) -> None:
+        """A scheduler on the same timeline: the first, or one after the policy was started anew."""
+        self.chunker = Chunker(self.policy, self.robot, self.timeline, self.mode)  # pyright: ignore
         self.scheduler = Scheduler(
-            self.policy,  # pyright: ignore[reportArgumentType]
-            self.robot,
-            self.timeline,
+            self.chunker,
             cameras=self.cameras,
             history=self.history,
             log=self.log,
             instruction="lift",
+            safety=self.safety,
             clock=lambda: self.now_ns,
         )
 
@@ -104,6 +122,14 @@ class Rig:
             self.scheduler._infer(observation, self.now_ns, self.stop)
         return len(self.policy.asked) > before
 
+    def chunks(self) -> dict[str, list[int]]:
+        return {name: values.tolist() for name, values in self.log.arrays().items() if name != "targets"}
+
+    def reported(self) -> dict[str, int]:
+        """Events of the fault table that the thread has reported."""
+        events = self.safety.inputs.events
+        return {fault.name: int(events[fault]) for fault in Fault if events[fault]}
+
     def target_at(self, t_ns: int) -> float:
         out = np.zeros(JOINTS)
         committed_target(self.timeline, t_ns, out)
@@ -115,20 +141,20 @@ class TestObserve:
         rig = Rig()
         rig.see()
         rig.cameras[1].frame = None
-        assert observe(rig.cameras, rig.history, rig.robot, rig.now_ns) is None
+        assert observe(rig.cameras, rig.history, rig.robot, rig.now_ns) is Blind.MISSING
 
     def test_a_stale_frame_of_one_camera_is_no_observation(self):
         rig = Rig()
         rig.see()
         rig.cameras[1].take(rig.now_ns - 501 * MS)
-        assert observe(rig.cameras, rig.history, rig.robot, rig.now_ns) is None
+        assert observe(rig.cameras, rig.history, rig.robot, rig.now_ns) is Blind.STALE
         assert not rig.infer_once()
         assert rig.scheduler.status.stale == 1
 
     def test_no_camera_is_no_observation(self):
         rig = Rig()
         rig.see()
-        assert observe([], rig.history, rig.robot, rig.now_ns) is None
+        assert observe([], rig.history, rig.robot, rig.now_ns) is Blind.MISSING
 
     def test_the_joints_are_those_of_the_oldest_frame(self):
         rig = Rig()
@@ -138,7 +164,7 @@ class TestObserve:
         rig.cameras[0].take(start + 150 * MS)
         rig.cameras[1].take(start + 105 * MS)
         seen = observe(rig.cameras, rig.history, rig.robot, start + 200 * MS)
-        assert seen is not None
+        assert not isinstance(seen, Blind)
         assert seen.t_capture_ns == start + 105 * MS
         assert seen.state["arm_joints"] == pytest.approx(np.full(5, 0.105))
         assert seen.state["gripper"] == pytest.approx([0.105])
@@ -153,17 +179,25 @@ class TestWhen:
         rig.see()
         assert rig.infer_once()
 
-    def test_with_an_execution_horizon_it_waits_until_so_many_steps_are_used(self):
+    def test_with_an_execution_horizon_observations_are_so_many_steps_apart(self):
         rig = Rig(execute_steps=4)
         rig.see()
         assert rig.infer_once()
-        first_row = int(rig.log.arrays()["first_row"][0])
-        t0_ns = int(rig.log.arrays()["t0_ns"][0])
-        due_ns = t0_ns + (first_row + 4) * PERIOD_NS
+        due_ns = rig.chunks()["t0_ns"][0] + 4 * PERIOD_NS - PERIOD_NS // 2
         rig.now_ns = due_ns - 1
         rig.see()
         assert not rig.infer_once()
         rig.now_ns = due_ns
+        rig.see()
+        assert rig.infer_once()
+
+    def test_after_a_chunk_that_was_refused_the_next_observation_is_due_at_once(self):
+        rig = Rig(execute_steps=4)
+        rig.policy.value = np.nan
+        rig.see()
+        assert rig.infer_once()
+        rig.now_ns += 1
+        rig.see()
         assert rig.infer_once()
 
 
@@ -181,7 +215,9 @@ class TestPublish:
         rig.see()
         assert rig.infer_once()
         assert rig.scheduler.status.late == 1
-        assert rig.log.arrays()["chunk_id"].tolist() == [-1]
+        assert rig.chunks()["chunk_id"] == [-1]
+        assert refusals(rig.timeline)["expired"] == 1
+        assert rig.reported() == {"CHUNK_EXPIRED": 1}
         assert np.isnan(rig.target_at(rig.now_ns))
 
     def test_nothing_is_published_once_the_run_was_stopped(self):
@@ -203,43 +239,37 @@ class TestPublish:
         assert stages == 60 * MS
 
 
-class TestPrefix:
-    def test_a_policy_without_one_is_never_given_one(self):
-        rig = Rig(trained_delay=0)
-        for _ in range(3):
-            rig.see()
-            rig.infer_once()
-        assert all(asked["prev_chunk"] is None and asked["delay"] == 0 for asked in rig.policy.asked)
-
+class TestLocked:
     def test_the_first_chunk_has_nothing_to_repeat(self):
-        rig = Rig(trained_delay=5)
+        rig = Rig(mode="locked", trained_delay=5)
         rig.see()
         rig.infer_once()
         assert rig.policy.asked[0]["delay"] == 0
 
-    def test_a_trained_one_gets_what_the_robot_is_committed_to(self):
-        rig = Rig(trained_delay=5)
+    def test_it_gets_what_the_robot_is_committed_to(self):
+        rig = Rig(mode="locked", trained_delay=5)
         ramp = np.linspace(0.0, 1.5, 16)[:, None] * np.ones(JOINTS)
         publish(rig.timeline, ramp, t0_ns=rig.now_ns, period_ns=PERIOD_NS, now_ns=rig.now_ns)
-        rig.scheduler._delay.add(90 * MS)
+        rig.chunker.budget.add(1)
         rig.now_ns += 250 * MS
         rig.see()
         rig.infer_once()
         asked = rig.policy.asked[0]
-        assert asked["delay"] == 2
+        assert (asked["delay"], asked["guidance"]) == (2, None)
         np.testing.assert_allclose(asked["prev_chunk"][:, 0], [0.25, 0.35], rtol=1e-6)
 
-    def test_it_is_as_long_as_training_allows_and_no_longer(self):
-        rig = Rig(trained_delay=2, takes_ns=350 * MS)
+    def test_it_is_as_long_as_training_allows_and_says_so(self):
+        rig = Rig(mode="locked", trained_delay=2, takes_ns=350 * MS)
         for _ in range(3):
             rig.see()
             rig.infer_once()
             rig.now_ns += PERIOD_NS
         assert [asked["delay"] for asked in rig.policy.asked] == [0, 2, 2]
-        assert rig.scheduler.status.delay_steps == 5
+        assert rig.chunks()["budget"] == [1, 5, 5]
+        assert "d = 5 policy steps is more than the 2 rows" in rig.scheduler.status.warning
 
     def test_the_seam_lies_behind_it(self):
-        rig = Rig(trained_delay=5, margin_steps=2)
+        rig = Rig(mode="locked", trained_delay=5, margin_steps=2)
         rig.see()
         rig.infer_once()
         rig.now_ns += 300 * MS
@@ -250,34 +280,271 @@ class TestPrefix:
         assert rig.policy.asked[1]["delay"] == 3
         assert [rig.target_at(t0_ns + k * PERIOD_NS) for k in range(5)] == [0.1, 0.1, 0.1, 0.5, 0.5]
 
+    @pytest.mark.parametrize("kind", ["absolute", "delta_per_step", "relative_to_observation"])
+    def test_the_rows_lead_to_the_committed_targets_from_the_newest_observation(self, kind: str):
+        """What the policy is told, read back as it reads its own rows, is the path the robot is on."""
+        rig = Rig(mode="locked", trained_delay=5, margin_steps=4)
+        rig.robot = rig.policy.robot = with_kind(rig.robot, kind)
+        rig.start()
+        path = np.cumsum(np.random.default_rng(2).uniform(-0.1, 0.1, (ROWS, JOINTS)), axis=0)
+        publish(rig.timeline, path, t0_ns=rig.now_ns, period_ns=PERIOD_NS, now_ns=rig.now_ns)
+        rig.now_ns += 3 * PERIOD_NS
+        rig.history.append(rig.now_ns, np.full(JOINTS, 0.7))
+        for camera in rig.cameras:
+            camera.take(rig.now_ns)
+        rig.infer_once()
+        told = rig.policy.asked[0]["prev_chunk"].astype(float)
+        around = {"committed": path[2], "observed": np.full(JOINTS, 0.7)}
+        np.testing.assert_allclose(to_absolute(rig.robot.embodiment, told, **around), path[3:7], atol=1e-6)
+
+
+class TestOtherModes:
+    def test_async_is_told_nothing(self):
+        rig = Rig(trained_delay=5)
+        for _ in range(3):
+            rig.see()
+            rig.infer_once()
+        assert all(asked["prev_chunk"] is None and asked["delay"] == 0 for asked in rig.policy.asked)
+        assert all(asked["guidance"] is None for asked in rig.policy.asked)
+
+    def test_async_fades_over_as_many_rows_as_the_robot_file_says(self):
+        rig = Rig(blend_steps=3)
+        rig.see()
+        rig.infer_once()
+        rig.see()
+        rig.policy.value, t0_ns = 0.5, rig.now_ns
+        rig.infer_once()
+        np.testing.assert_allclose(
+            [rig.target_at(t0_ns + k * PERIOD_NS) for k in range(1, 6)], [0.1, 0.2, 0.3, 0.4, 0.5]
+        )
+
+    def test_guided_is_pulled_to_what_is_committed_as_far_as_it_is(self):
+        rig = Rig(mode="guided", margin_steps=3)
+        rig.see()
+        rig.infer_once()
+        assert rig.policy.asked[0]["guidance"] is None
+        rig.now_ns += 7 * PERIOD_NS
+        rig.see()
+        rig.infer_once()
+        asked = rig.policy.asked[1]
+        weights = asked["guidance"].weights
+        assert asked["delay"] == 0
+        assert asked["guidance"].beta == 4
+        assert len(asked["prev_chunk"]) == np.count_nonzero(weights) == 9
+        assert weights[:4].tolist() == [1.0] * 4
+        assert (np.diff(weights[3:10]) < 0).all()
+
+    def test_sync_moves_looks_and_infers_in_turn(self):
+        rig = Rig(mode="sync", execute_steps=4)
+        rig.see()
+        assert rig.infer_once()
+        begun_ns = rig.now_ns
+        assert rig.target_at(begun_ns) == 0.1, "row 0 is due when the chunk comes, for the robot stood still"
+        assert rig.target_at(begun_ns + 4 * PERIOD_NS - 1) == 0.1
+        assert np.isnan(rig.target_at(begun_ns + 4 * PERIOD_NS))
+        rig.now_ns = begun_ns + 4 * PERIOD_NS - 1
+        rig.see()
+        assert not rig.infer_once(), "the robot still moves"
+        rig.now_ns += 1
+        assert not rig.infer_once(), "the newest frame shows it moving"
+        rig.see()
+        assert rig.infer_once()
+        assert rig.chunks()["first_row"] == [0, 0]
+        assert rig.scheduler.status.warning == ""
+
 
 class TestDelay:
-    def test_is_the_margin_before_any_measurement(self):
-        assert DelayEstimate(PERIOD_NS, margin_steps=1).steps() == 1
-
-    @pytest.mark.parametrize(("latency_ms", "steps"), [(1, 2), (100, 2), (101, 3), (290, 4)])
-    def test_rounds_up_to_whole_steps(self, latency_ms: int, steps: int):
-        estimate = DelayEstimate(PERIOD_NS, margin_steps=1)
-        estimate.add(latency_ms * MS)
-        assert estimate.steps() == steps
-
-    def test_follows_the_slow_ones_and_forgets_them(self):
-        estimate = DelayEstimate(PERIOD_NS, margin_steps=0)
-        for k in range(40):
-            estimate.add(250 * MS if k % 10 == 0 else 50 * MS)
-        assert estimate.steps() == 3
-        for _ in range(64):
-            estimate.add(50 * MS)
-        assert estimate.steps() == 1
-
     def test_warm_up_publishes_nothing_and_does_not_count_the_cold_inference(self):
         rig = Rig()
         rig.see()
-        durations = iter([400 * MS, 40 * MS])
+        durations = iter([1400 * MS, 40 * MS])
         rig.policy.on_infer = lambda: setattr(rig, "now_ns", rig.now_ns + next(durations)) or rig.see()
-        assert rig.scheduler.warm_up() == [400 * MS, 40 * MS]
+        assert rig.scheduler.warm_up() == [1400 * MS, 40 * MS]
         assert rig.timeline.published[0] == 0
-        assert list(rig.scheduler._delay.latencies_ns) == [40 * MS]
+        assert list(rig.chunker.budget.counted) == [1]
+
+    def test_one_that_can_never_keep_up_is_refused_before_anything_moves(self):
+        rig = Rig(takes_ns=810 * MS)
+        rig.policy.on_infer = lambda: rig.pass_time() or rig.see()
+        rig.see()
+        with pytest.raises(DelayTooLong, match=r"d = 9 .* s = 9, .* H = 16 rows.*infer faster"):
+            rig.scheduler.warm_up()
+
+    def test_one_that_only_the_margin_is_too_much_for_is_warned_of(self):
+        rig = Rig(takes_ns=790 * MS)
+        rig.policy.on_infer = lambda: rig.pass_time() or rig.see()
+        rig.see()
+        rig.scheduler.warm_up()
+        assert "d = 9 policy steps" in rig.scheduler.status.warning
+
+    def test_sync_has_no_bound(self):
+        rig = Rig(mode="sync", takes_ns=3000 * MS)
+        rig.policy.on_infer = lambda: rig.pass_time() or rig.see()
+        rig.see()
+        rig.scheduler.warm_up()
+        assert rig.scheduler.status.warning == ""
+
+    def test_a_bound_that_breaks_on_the_way_is_counted_and_told_until_it_holds_again(self):
+        rig = Rig(margin_steps=0, execute_steps=3)
+        for takes_ms in (90, 390, 390):
+            rig.takes_ns = takes_ms * MS
+            rig.now_ns += 300 * MS
+            rig.see()
+            assert rig.infer_once()
+        assert rig.scheduler.status.bound_broken == 2
+        assert rig.safety.inputs.conditions[Fault.DELAY_OVER_BUDGET] == 1
+        assert "execute_steps is s = 3, but a chunk comes d = 4" in rig.scheduler.status.warning
+        rig.chunker.budget.counted.clear()
+        rig.takes_ns = 90 * MS
+        rig.now_ns += 300 * MS
+        rig.see()
+        rig.infer_once()
+        assert rig.scheduler.status.warning == ""
+
+    def test_it_is_counted_in_what_the_loop_has_run(self):
+        """The clock says 60 ms, so one step; but the loop was at row 3 already, for the publisher was held up."""
+        rig = Rig()
+        rig.timeline.progress_ns[0] = rig.now_ns
+        rig.policy.on_infer = lambda: rig.pass_time() or rig.timeline.progress_ns.fill(rig.now_ns + 250 * MS)
+        rig.see()
+        rig.infer_once()
+        assert list(rig.chunker.budget.counted) == [4]
+        assert rig.chunks()["first_row"] == [4], "and the chunk joins where the loop is"
+
+
+class TestFaults:
+    """Rows of the fault table about chunks: what the thread does in each."""
+
+    @pytest.mark.parametrize(
+        ("value", "fault"), [(np.nan, "CHUNK_NOT_FINITE"), (np.inf, "CHUNK_NOT_FINITE"), (99.0, "CHUNK_OUTSIDE")]
+    )
+    def test_a_chunk_that_must_not_run_is_refused_whole_and_the_last_one_runs_on(self, value: float, fault: str):
+        rig = Rig()
+        rig.see()
+        rig.infer_once()
+        rig.policy.value = value
+        rig.see()
+        rig.infer_once()
+        assert rig.scheduler.status.late == 1
+        assert sum(refusals(rig.timeline).values()) == 1
+        assert rig.reported()[fault] == 1
+        assert rig.target_at(rig.now_ns + 3 * PERIOD_NS) == 0.1
+
+    def test_one_that_comes_later_than_planned_is_told(self):
+        rig = Rig()
+        for takes_ms in (60, 60, 350):
+            rig.takes_ns = takes_ms * MS
+            rig.now_ns += PERIOD_NS
+            rig.see()
+            rig.infer_once()
+        assert rig.chunks()["budget"] == [1, 2, 2]
+        assert rig.reported()["CHUNK_LATE"] == 1
+
+    def test_of_two_at_once_the_second_has_the_last_word_and_it_is_told(self):
+        rig = Rig(blend_steps=0)
+        for value in (0.1, 0.2, 0.3):
+            rig.policy.value, rig.takes_ns = value, MS
+            rig.see()
+            rig.infer_once()
+        assert rig.reported()["CHUNK_OVERTAKEN"] == 2
+        assert rig.target_at(rig.now_ns + 4 * PERIOD_NS) == 0.3
+
+    def test_a_camera_whose_clock_stalls_starts_nothing_and_then_is_stale(self):
+        rig = Rig()
+        rig.see()
+        assert rig.infer_once()
+        for _ in range(10):
+            rig.now_ns += 60 * MS
+            rig.cameras[1].take(rig.cameras[1].frame.t_capture_ns)
+            assert not rig.infer_once()
+        assert rig.scheduler.status.stale > 0
+        assert len(rig.policy.asked) == 1
+
+    def test_a_camera_whose_clock_jumps_ahead_starts_nothing_until_it_is_right(self):
+        rig = Rig()
+        rig.see()
+        rig.cameras[1].take(rig.now_ns + 1)
+        assert not rig.infer_once()
+        assert rig.scheduler.status.wrong_clock == 1
+        rig.see()
+        assert rig.infer_once()
+
+    def test_a_camera_whose_clock_jumps_back_starts_nothing_until_it_has_caught_up(self):
+        rig = Rig()
+        rig.see()
+        assert rig.infer_once()
+        rig.now_ns += PERIOD_NS
+        rig.see(rig.now_ns - 300 * MS)
+        assert not rig.infer_once()
+        rig.see()
+        assert rig.infer_once()
+
+    def test_an_observation_older_than_one_used_before_is_stale_at_the_door(self):
+        rig = Rig()
+        rig.see()
+        observation = rig.scheduler._next_observation(rig.now_ns)
+        old = rig.chunker.plan(observation, "lift")
+        rig.see()
+        rig.infer_once()
+        assert rig.chunker.publish(old, rig.now_ns) == STALE
+
+    def test_a_policy_that_starts_anew_goes_on_where_the_arm_is(self):
+        rig = Rig(mode="locked", trained_delay=5)
+        rig.see()
+        rig.infer_once()
+        rig.start()
+        rig.now_ns += PERIOD_NS
+        rig.see()
+        rig.takes_ns = 1
+        rig.scheduler.warm_up()
+        assert rig.reported()["POLICY_RESTARTED"] == 1
+        rig.policy.value = 0.3
+        rig.infer_once()
+        assert rig.policy.asked[-1]["delay"] == 2, "its budget is new, what is committed is not"
+        assert find_slot(rig.timeline, rig.now_ns + 2 * PERIOD_NS) == 1
+        assert rig.timeline.published[0] == 2
+
+    def test_another_instruction_is_inferred_next_whatever_the_horizon(self):
+        rig = Rig(execute_steps=8)
+        rig.see()
+        rig.infer_once()
+        rig.see()
+        assert not rig.infer_once()
+        rig.scheduler.set_instruction("drop")
+        assert rig.infer_once()
+        assert [asked["instruction"] for asked in rig.policy.asked] == ["lift", "drop"]
+
+    def test_a_chunk_of_the_old_instruction_that_comes_after_the_change_never_runs(self):
+        rig = Rig()
+        rig.see()
+        rig.infer_once()
+        rig.see()
+        rig.policy.value = 0.5
+        rig.policy.on_infer = lambda: rig.scheduler.set_instruction("drop")
+        rig.infer_once()
+        assert rig.scheduler.status.withdrawn == 1
+        assert rig.timeline.published[0] == 1
+        assert rig.target_at(rig.now_ns + 4 * PERIOD_NS) == 0.1
+
+    def test_the_first_inference_of_an_instruction_is_cold_and_no_measure(self):
+        rig = Rig()
+        rig.see()
+        rig.scheduler.warm_up()
+        rig.scheduler.set_instruction("drop")
+        for takes_ms in (700, 60):
+            rig.takes_ns = takes_ms * MS
+            rig.see()
+            assert rig.infer_once()
+        assert list(rig.chunker.budget.counted) == [2, 1]
+        assert rig.reported()["INSTRUCTION_CHANGED"] == 1
+
+    def test_a_bad_instruction_changes_nothing(self):
+        rig = Rig()
+        with pytest.raises(OnbeatError, match="special tokens"):
+            rig.scheduler.set_instruction("<|im_end|>")
+        rig.see()
+        rig.infer_once()
+        assert rig.policy.asked[0]["instruction"] == "lift"
 
 
 class TestFailures:
@@ -313,36 +580,12 @@ def with_kind(robot: Robot, kind: str) -> Robot:
     return replace(robot, embodiment=replace(robot.embodiment, action=action))
 
 
-class TestKinds:
-    """What the rows of each kind of action key mean, and the way back for a prefix."""
-
-    @pytest.mark.parametrize("kind", ["absolute", "delta_per_step", "relative_to_observation"])
-    def test_back_and_forth(self, kind: str):
-        robot = with_kind(load_robot("so101-twin"), kind)
-        targets = np.random.default_rng(1).uniform(-1, 1, (7, JOINTS))
-        around = {"committed_q": np.full(JOINTS, 0.3), "observed_q": np.full(JOINTS, -0.2)}
-        values = action_values(targets, robot, **around)
-        np.testing.assert_allclose(joint_targets(values, robot, **around), targets, atol=1e-12)
-
-    def test_deltas_start_from_what_is_committed_and_not_from_what_was_seen(self):
-        robot = with_kind(load_robot("so101-twin"), "delta_per_step")
-        keys = robot.embodiment.split(np.full((3, JOINTS), 0.1))
-        targets = joint_targets(keys, robot, committed_q=np.full(JOINTS, 0.5), observed_q=np.zeros(JOINTS))
-        np.testing.assert_allclose(targets[:, 0], [0.6, 0.7, 0.8])
-
-    def test_relative_rows_start_from_what_was_seen(self):
-        robot = with_kind(load_robot("so101-twin"), "relative_to_observation")
-        keys = robot.embodiment.split(np.full((3, JOINTS), 0.1))
-        targets = joint_targets(keys, robot, committed_q=np.full(JOINTS, 0.5), observed_q=np.full(JOINTS, 0.2))
-        np.testing.assert_allclose(targets[:, 0], [0.3, 0.3, 0.3])
-
-
 def test_a_plan_publishes_nothing():
     rig = Rig()
     rig.see()
     observation = observe(rig.cameras, rig.history, rig.robot, rig.now_ns)
-    assert observation is not None
-    made = plan(rig.policy, rig.robot, rig.timeline, observation, "lift")  # pyright: ignore[reportArgumentType]
+    assert not isinstance(observation, Blind)
+    made = rig.chunker.plan(observation, "lift")
     assert made.targets.shape == (ROWS, JOINTS)
-    assert made.t0_ns == observation.t_capture_ns
+    assert made.observed_ns == observation.t_capture_ns
     assert rig.timeline.published[0] == 0

@@ -1,19 +1,40 @@
 """Which chunk is in force when, what a seam looks like, and what never happens to a late chunk."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
-from onbeat.runtime.timeline import EMPTY, LATE, Timeline, close, committed_target, find_slot, new_timeline, publish
+from onbeat.kernels.atomics import load_acquire
+from onbeat.runtime.timeline import (
+    CLOSED,
+    EMPTY,
+    EXPIRED,
+    NOT_FINITE,
+    OUTSIDE,
+    REFUSALS,
+    STALE,
+    Timeline,
+    close,
+    commit_chunk,
+    committed_target,
+    find_slot,
+    new_timeline,
+    publish,
+    refusals,
+)
 
 PERIOD_NS = 100_000_000
 
 
-def put(timeline: Timeline, value: float | np.ndarray, *, t0_ns: int, now_ns: int, rows: int = 8, locked_rows: int = 0):
+def put(timeline: Timeline, value: float | np.ndarray, *, t0_ns: int, now_ns: int, rows: int = 8, **how: int):
     """Publish a chunk of one joint whose rows are all `value`, or the given rows."""
     targets = np.full((rows, 1), value) if np.isscalar(value) else np.asarray(value, float).reshape(-1, 1)
-    return publish(timeline, targets, t0_ns=t0_ns, period_ns=PERIOD_NS, now_ns=now_ns, locked_rows=locked_rows)
+    return publish(timeline, targets, t0_ns=t0_ns, period_ns=PERIOD_NS, now_ns=now_ns, **how)
 
 
 def target_at(timeline: Timeline, at_ns: int) -> float:
@@ -38,8 +59,8 @@ class TestBadInput:
 
     def test_a_chunk_whose_rows_are_all_past_is_counted_and_ignored(self, timeline: Timeline):
         put(timeline, 1.0, t0_ns=0, now_ns=0, rows=16)
-        assert put(timeline, 2.0, t0_ns=0, now_ns=8 * PERIOD_NS) == LATE
-        assert timeline.late[0] == 1
+        assert put(timeline, 2.0, t0_ns=0, now_ns=8 * PERIOD_NS) == EXPIRED
+        assert refusals(timeline)["expired"] == 1
         assert target_at(timeline, 9 * PERIOD_NS) == 1.0
 
     def test_more_rows_than_a_slot_holds_is_a_programmers_error(self, timeline: Timeline):
@@ -51,12 +72,36 @@ class TestBadInput:
         assert target_at(timeline, 8 * PERIOD_NS - 1) == 1.0
         assert np.isnan(target_at(timeline, 8 * PERIOD_NS))
 
-
     def test_a_closed_timeline_has_nothing_due_and_takes_nothing(self, timeline: Timeline):
         put(timeline, 1.0, t0_ns=0, now_ns=0)
         close(timeline)
-        assert put(timeline, 1.0, t0_ns=0, now_ns=0) == LATE
+        assert put(timeline, 1.0, t0_ns=0, now_ns=0) == CLOSED
         assert np.isnan(target_at(timeline, PERIOD_NS))
+
+    @pytest.mark.parametrize("row", [0, 7])
+    @pytest.mark.parametrize(
+        ("value", "why"), [(np.nan, NOT_FINITE), (np.inf, NOT_FINITE), (2.1, OUTSIDE), (-2.1, OUTSIDE)]
+    )
+    def test_one_bad_row_and_the_whole_chunk_is_refused(self, row: int, value: float, why: int):
+        timeline = new_timeline(16, 1, lowest=np.array([-2.0]), highest=np.array([2.0]))
+        put(timeline, 1.0, t0_ns=0, now_ns=0)
+        rows = np.linspace(-2.0, 2.0, 8)
+        rows[row] = value
+        assert put(timeline, rows, t0_ns=0, now_ns=1) == why
+        assert refusals(timeline)[REFUSALS[why]] == 1
+        assert [target_at(timeline, k * PERIOD_NS) for k in range(8)] == [1.0] * 8
+        assert put(timeline, np.linspace(-2.0, 2.0, 8), t0_ns=0, now_ns=1) == 2
+
+    def test_an_observation_older_than_the_last_one_used_is_stale(self, timeline: Timeline):
+        put(timeline, 1.0, t0_ns=100, now_ns=100)
+        assert put(timeline, 2.0, t0_ns=99, now_ns=200) == STALE
+        assert put(timeline, 2.0, t0_ns=100, now_ns=200) == 2
+        assert refusals(timeline)["stale"] == 1
+
+    def test_an_observation_of_the_future_is_stale_too(self, timeline: Timeline):
+        """It would make every honest chunk after it the older one."""
+        assert put(timeline, 1.0, t0_ns=1, now_ns=0) == STALE
+        assert put(timeline, 1.0, t0_ns=0, now_ns=0) == 0
 
 
 class TestFirstChunk:
@@ -67,10 +112,6 @@ class TestFirstChunk:
 
     def test_a_row_due_now_is_not_past(self, timeline: Timeline):
         assert put(timeline, np.arange(8.0), t0_ns=0, now_ns=2 * PERIOD_NS) == 2
-
-    def test_may_start_in_the_future(self, timeline: Timeline):
-        assert put(timeline, 1.0, t0_ns=5 * PERIOD_NS, now_ns=0) == 0
-        assert np.isnan(target_at(timeline, 5 * PERIOD_NS - 1))
 
     def test_so_does_one_that_comes_after_the_old_one_ended(self, timeline: Timeline):
         put(timeline, 1.0, t0_ns=0, now_ns=0, rows=2)
@@ -97,6 +138,26 @@ class TestSeam:
     def test_a_lock_shorter_than_the_latency_moves_the_seam_and_not_the_robot(self, timeline: Timeline):
         put(timeline, np.arange(16.0), t0_ns=0, now_ns=0)
         assert put(timeline, 100.0, t0_ns=PERIOD_NS, now_ns=350_000_000, locked_rows=2) == 4
+
+    def test_a_lock_beyond_the_end_of_the_old_chunk_ends_there(self, timeline: Timeline):
+        put(timeline, np.arange(4.0), t0_ns=0, now_ns=0)
+        assert put(timeline, 100.0, t0_ns=PERIOD_NS, now_ns=150_000_000, locked_rows=6) == 3
+        assert [target_at(timeline, k * PERIOD_NS) for k in range(1, 6)] == [1.0, 2.0, 3.0, 100.0, 100.0]
+
+    def test_a_blend_fades_the_old_path_out(self, timeline: Timeline):
+        put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
+        assert put(timeline, 1.0, t0_ns=0, now_ns=50_000_000, blend_rows=3) == 2
+        assert [target_at(timeline, k * PERIOD_NS) for k in range(7)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+
+    def test_a_chunk_that_comes_within_its_lock_is_not_blended(self, timeline: Timeline):
+        put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
+        assert put(timeline, 1.0, t0_ns=0, now_ns=50_000_000, locked_rows=2, blend_rows=3) == 2
+        assert target_at(timeline, 2 * PERIOD_NS) == 1.0
+
+    def test_one_that_exceeds_its_lock_is(self, timeline: Timeline):
+        put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
+        assert put(timeline, 1.0, t0_ns=0, now_ns=150_000_000, locked_rows=2, blend_rows=3) == 3
+        assert target_at(timeline, 3 * PERIOD_NS) == 0.25
 
     def test_of_two_chunks_at_once_the_newer_runs(self, timeline: Timeline):
         put(timeline, 1.0, t0_ns=0, now_ns=0)
@@ -128,3 +189,64 @@ def test_a_target_never_jumps_while_chunks_follow_each_other(seed: int, latencie
         put(timeline, rng.uniform(-1, 1, 16), t0_ns=t0_ns, now_ns=now_ns)
     steps = np.abs(np.diff(path))
     assert np.nanmax(steps, initial=0.0) <= 2 / 100 + 1e-12
+
+
+class TestThreads:
+    """A reader without the interpreter's lock beside a writer: what it gets is one whole chunk, the right one."""
+
+    def test_a_lookup_never_sees_half_a_chunk(self):
+        timeline, stop = new_timeline(rows=16, joints=6), np.zeros(1, np.int64)
+        seen = np.zeros(4, np.int64)
+        write_chunks(timeline, 0, 1)
+        read_until(timeline, np.ones(1, np.int64), seen)  # compiled before they meet
+        reader = threading.Thread(target=read_until, args=(timeline, stop, seen))
+        reader.start()
+        batches, ends_s = 0, time.monotonic() + 3.0
+        while seen[3] < 100_000 and time.monotonic() < ends_s:
+            batches += 1
+            write_chunks(timeline, batches * 2000, 2000)
+        stop[0] = 1
+        reader.join()
+        lookups, torn, backwards, chunks = seen.tolist()
+        assert (torn, backwards) == (0, 0)
+        assert chunks >= 50, f"{lookups} lookups beside {batches} batches: they hardly met"
+
+    def test_a_slot_that_is_being_written_is_passed_over(self, timeline: Timeline):
+        put(timeline, 1.0, t0_ns=0, now_ns=0)
+        put(timeline, 2.0, t0_ns=0, now_ns=0)
+        newest = find_slot(timeline, 3 * PERIOD_NS)
+        timeline.sequence[newest] += 1
+        assert target_at(timeline, 3 * PERIOD_NS) == 1.0
+        timeline.sequence[newest] += 1
+        assert target_at(timeline, 3 * PERIOD_NS) == 2.0
+
+    def test_a_reader_does_not_wait_for_a_writer_it_may_have_interrupted(self, timeline: Timeline):
+        put(timeline, 1.0, t0_ns=0, now_ns=0)
+        timeline.sequence[:] |= 1
+        assert np.isnan(target_at(timeline, 0))
+
+
+@njit(nogil=True)
+def write_chunks(timeline, first, count):
+    """Chunk k holds k in every row and joint; its observation is of time k, and its rows are a nanosecond apart."""
+    targets = np.empty((16, 6))
+    for k in range(first, first + count):
+        targets[:] = k
+        commit_chunk(timeline, targets, k, 1, k, 0, 0)
+
+
+@njit(nogil=True)
+def read_until(timeline, stop, seen):
+    """Count lookups, lookups of more than one chunk's values, chunks older than one seen before, different chunks."""
+    out, last = np.zeros(6), -1
+    while load_acquire(stop, 0) == 0:
+        now_ns = timeline.newest_t0_ns[0] + 8
+        chunk_id = committed_target(timeline, now_ns, out)[0]
+        seen[0] += 1
+        if chunk_id == EMPTY:
+            continue
+        if out.min() != out.max():
+            seen[1] += 1
+        seen[2] += chunk_id < last
+        seen[3] += chunk_id != last
+        last = chunk_id

@@ -63,6 +63,28 @@ class Lock(NamedTuple):
         return torch.arange(self.rows.shape[-2], device=self.rows.device) < self.delay
 
 
+class Pull(NamedTuple):
+    """A soft prefix: velocities lead towards `rows` (C, A) or (B, C, A). See runtime.engine.Guidance.
+
+    weights: (C,). beta: the largest gain.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    beta: float
+
+    def apply(self, velocity: Tensor, actions: Tensor, time: float) -> Tensor:
+        """The velocity (B, C, A) at (actions, time) with the pull; where its gain is 0, the same bits as without."""
+        gain = (self.weights * min(self.beta, pull_limit(time))).unsqueeze(-1)
+        reached = actions + (1 - time) * velocity
+        return torch.where(gain > 0, velocity + gain * (self.rows - reached), velocity)
+
+
+def pull_limit(time: float) -> float:
+    """(t^2 + (1-t)^2) / (t (1-t)), the gain that guidance has at time t in [0, 1) where beta does not cut it."""
+    return float("inf") if time == 0 else (time * time + (1 - time) ** 2) / (time * (1 - time))
+
+
 def time_buckets(steps: int, precision: str = "scalar") -> tuple[int, ...]:
     """The integer time bucket of each flow step, truncated.
 
@@ -114,11 +136,15 @@ def fit_chunk(previous: Tensor, chunk: int) -> Tensor:
     return previous[rows]
 
 
-def integrate(velocity: StepVelocity, noise: Tensor, steps: int, lock: Lock | None = None) -> Tensor:
+def integrate(
+    velocity: StepVelocity, noise: Tensor, steps: int, lock: Lock | None = None, pull: Pull | None = None
+) -> Tensor:
     """Euler steps from noise (B, C, A) at time 0 to actions at time 1; no clipping."""
     actions = noise if lock is None else lock.apply(noise)
     for step in range(steps):
-        actions = actions + velocity(actions, step) / steps
+        forward = velocity(actions, step)
+        forward = forward if pull is None else pull.apply(forward, actions, step / steps)
+        actions = actions + forward / steps
         actions = actions if lock is None else lock.apply(actions)
     return actions
 
@@ -131,18 +157,19 @@ def sample_chunk(
     *,
     directions: Tensor | None = None,
     lock: Lock | None = None,
+    pull: Pull | None = None,
 ) -> Sampled:
     """Plain sample first, then refinements, each from its own noise and anchored on the result before it.
 
     noise: (I, B, C, A). directions: raw, (I - 1, T, M, H), None for the expectation.
     """
     buckets = _row_buckets(spec.flow_steps, noise, lock)
-    actions = integrate(_first_velocity(policy, cache, buckets), noise[0], spec.flow_steps, lock)
+    actions = integrate(_first_velocity(policy, cache, buckets), noise[0], spec.flow_steps, lock, pull)
     trace: list[Gated] = []
     for iteration in range(1, spec.iterations):
         drawn = None if directions is None else directions[iteration - 1]
         velocity = _gated_velocity(policy, cache, buckets, encode_anchor(policy, actions), spec, drawn, trace)
-        actions = integrate(velocity, noise[iteration], spec.flow_steps, lock)
+        actions = integrate(velocity, noise[iteration], spec.flow_steps, lock, pull)
     return Sampled(actions, *_stack_trace(trace, spec, noise))
 
 

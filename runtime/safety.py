@@ -1,0 +1,315 @@
+"""The machine that runs the fault table in every tick: what is there, since when, and what the robot does about it.
+
+Compiled, on arrays allocated once, without a lock and without a clock of its own. Detectors outside the tick write
+into `Inputs`; the tick asks `watch` for a level and obeys it:
+
+    absent ──seen──▶ reaction ──there for then_after_s──▶ then
+      ▲                 │                                  │
+      └── not seen for clears_after_s, unless it ends the run ──┘
+
+Each word of `Inputs` has one writer. What happened once is an event, a count that only grows; what lasts is a
+condition, 1 while it is there.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onbeat.drivers.feetech.protocol import GOAL_REFUSED, OK, PORT_LOST, SERVO_FAULT
+from onbeat.drivers.feetech.tables import Status
+from onbeat.kernels.arrays import copy_values
+from onbeat.kernels.compiled import compiled
+from onbeat.runtime.faults import TABLE, Fault, Level
+
+# F faults, J joints.
+
+SILENCE_NS: Final = 300_000_000  # without one good exchange, after which the bus counts as dead
+LOAD_TIME_S = 0.5  # a servo that starts or meets the table pushes hard for a moment
+NO_FAULT = -1
+SLOW: Final = int(Level.SLOW)
+HOLD: Final = int(Level.HOLD)
+LIMP: Final = int(Level.LIMP)
+WORKSPACE: Final = int(Fault.WORKSPACE)
+COMMAND_REFUSED: Final = int(Fault.COMMAND_REFUSED)
+TICK_MISSED: Final = int(Fault.TICK_MISSED)
+_CHUNK_MISSING: Final = int(Fault.CHUNK_MISSING)
+_CAMERA_STALE: Final = int(Fault.CAMERA_STALE)
+_BUS_RETRIES: Final = int(Fault.BUS_RETRIES)
+_BUS_SILENT: Final = int(Fault.BUS_SILENT)
+_BUS_DEAD: Final = int(Fault.BUS_DEAD)
+_PORT_LOST: Final = int(Fault.PORT_LOST)
+_SERVO_LOAD: Final = int(Fault.SERVO_LOAD)
+_SERVO_HOT: Final = int(Fault.SERVO_HOT)
+_STATUS_BITS: Final = np.array(  # which bits of a servo's status byte mean which fault
+    [
+        (Fault.SERVO_OVERLOAD, Status.OVERLOAD | Status.CURRENT),
+        (Fault.SERVO_OVERHEAT, Status.TEMPERATURE),
+        (Fault.SERVO_POWER, Status.VOLTAGE),
+        (Fault.SERVO_SENSOR, Status.SENSOR | Status.ANGLE),
+    ],
+    np.int64,
+)
+
+RULE = np.dtype([(name, np.int64) for name in ("reaction", "then", "then_ticks", "clear_ticks", "ends_run")])
+STATUS = np.dtype(
+    [
+        ("age", np.int64),  # ticks since it was first seen; 0 when it is not there
+        ("quiet", np.int64),  # ticks since it was last seen
+        ("level", np.int64),
+        ("onsets", np.int64),  # how often it came
+        ("seen", np.int64),  # of its events
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetySettings:
+    """What a robot tolerates. max_frame_age_ms: of the newest frame of the slowest camera.
+
+    max_load: of stall, 0..1. max_temperature_c: of a servo's case, below the servo's own limit of 70. slow_factor: of
+    the speed limit in SLOW. retry_burst, retry_rate_hz: exchanges that may need a retry, at once and for long.
+    """
+
+    max_frame_age_ms: float = 500.0
+    max_load: float = 0.9
+    max_temperature_c: float = 60.0
+    slow_factor: float = 0.25
+    retry_burst: float = 10.0
+    retry_rate_hz: float = 5.0
+
+
+class Thresholds(NamedTuple):
+    """`SafetySettings` in the units of a tick."""
+
+    max_frame_age_ns: int
+    max_load: float
+    load_ticks: int
+    max_temperature_c: float
+    slow_factor: float
+    retry_burst: float
+    retries_per_tick: float
+    silent_ticks: int
+
+
+class Inputs(NamedTuple):
+    """What detectors tell. events, conditions: (F,) int64, each row written by its own detector.
+
+    frame_ns: (1,) int64, stamp of the newest frame of the slowest camera, 0 while none is watched. bus_fault: (1,)
+    int64, the newest exchange's code of feetech.protocol. retries: (1,) int64, attempts that failed so far.
+    servo_status: (J,) uint8 as the servos sent it. temperature_c: (J,) float64.
+    """
+
+    events: NDArray[np.int64]
+    conditions: NDArray[np.int64]
+    frame_ns: NDArray[np.int64]
+    bus_fault: NDArray[np.int64]
+    retries: NDArray[np.int64]
+    servo_status: NDArray[np.uint8]
+    temperature_c: NDArray[np.float64]
+
+
+class Safety(NamedTuple):
+    """The machine. rules, status: (F,) of RULE and STATUS. level: (1,) int64, the worst of all faults.
+
+    ended_by: (1,) int64, the first fault that ends the run, or NO_FAULT. loaded: (J,) int64, for how many ticks the
+    load was too high. silent: (1,) int64, exchanges that failed in a row. bucket: (1,), retries over the budget.
+    retries: (1,) int64, of Inputs.retries, what the last tick saw.
+    """
+
+    rules: NDArray[np.void]
+    status: NDArray[np.void]
+    inputs: Inputs
+    thresholds: Thresholds
+    level: NDArray[np.int64]
+    ended_by: NDArray[np.int64]
+    loaded: NDArray[np.int64]
+    silent: NDArray[np.int64]
+    bucket: NDArray[np.float64]
+    retries: NDArray[np.int64]
+
+
+def new_safety(joints: int, period_s: float, settings: SafetySettings | None = None) -> Safety:
+    """A machine in which nothing has happened, for a loop of that period."""
+    counts = [np.zeros(1, np.int64) for _ in range(6)]
+    return Safety(
+        rules=_rules(period_s),
+        status=np.zeros(len(TABLE), STATUS),
+        inputs=Inputs(
+            events=np.zeros(len(TABLE), np.int64),
+            conditions=np.zeros(len(TABLE), np.int64),
+            frame_ns=counts[0],
+            bus_fault=counts[1],
+            retries=counts[2],
+            servo_status=np.zeros(joints, np.uint8),
+            temperature_c=np.zeros(joints),
+        ),
+        thresholds=_thresholds(settings or SafetySettings(), period_s),
+        level=counts[3],
+        ended_by=np.full(1, NO_FAULT, np.int64),
+        loaded=np.zeros(joints, np.int64),
+        silent=counts[4],
+        bucket=np.zeros(1),
+        retries=counts[5],
+    )
+
+
+def _rules(period_s: float) -> NDArray[np.void]:
+    rules = np.zeros(len(TABLE), RULE)
+    for k, row in enumerate(TABLE):
+        then = row.reaction if row.then is None else row.then
+        times = (round(row.then_after_s / period_s), round(row.clears_after_s / period_s))
+        rules[k] = (row.reaction, then, *times, row.ends_run)
+    return rules
+
+
+def _thresholds(settings: SafetySettings, period_s: float) -> Thresholds:
+    return Thresholds(
+        max_frame_age_ns=round(settings.max_frame_age_ms * 1e6),
+        max_load=settings.max_load,
+        load_ticks=round(LOAD_TIME_S / period_s),
+        max_temperature_c=settings.max_temperature_c,
+        slow_factor=settings.slow_factor,
+        retry_burst=settings.retry_burst,
+        retries_per_tick=settings.retry_rate_hz * period_s,
+        silent_ticks=math.ceil(SILENCE_NS / round(period_s * 1e9)),
+    )
+
+
+def report(safety: Safety, fault: Fault, times: int = 1) -> None:
+    """A fault happened; the next tick sees it. For the one thread whose detector the row names."""
+    safety.inputs.events[fault] += times
+
+
+def set_condition(safety: Safety, fault: Fault, present: bool, /) -> None:
+    """A fault lasts, or is over. For the one thread whose detector the row names."""
+    safety.inputs.conditions[fault] = present
+
+
+def onsets(safety: Safety) -> dict[str, int]:
+    """How often each fault came."""
+    return {fault.name: int(safety.status["onsets"][fault]) for fault in Fault}
+
+
+@compiled
+def note_exchange(safety, outcome, counts, status, temperature_c):
+    """Tell what an exchange with the bus was. outcome, counts, status, temperature_c: as `exchange_joints` left them.
+
+    For the loop, after every exchange. A servo's own fault comes with a good reply.
+    """
+    inputs, code = safety.inputs, outcome & 15
+    inputs.bus_fault[0] = code
+    failed = 0
+    for k in range(counts.shape[0]):
+        if OK < k < PORT_LOST:
+            failed += counts[k]
+    inputs.retries[0] = failed
+    if code in (OK, SERVO_FAULT):
+        copy_values(inputs.servo_status, status)
+        copy_values(inputs.temperature_c, temperature_c)
+
+
+@compiled
+def watch(safety, now_ns, is_missing, load):
+    """Look at everything once; returns the level that this tick must obey. Once per tick, before it moves.
+
+    now_ns: monotonic. is_missing: a chunk was there before and no row is due now. load: (J,), of stall.
+    """
+    _detect(safety, now_ns, is_missing, load)
+    level = safety.status[COMMAND_REFUSED].level
+    for fault in range(safety.status.shape[0]):
+        if fault not in (WORKSPACE, COMMAND_REFUSED):
+            level = max(level, observe(safety, fault))
+    safety.level[0] = level
+    return level
+
+
+@compiled
+def observe(safety, fault):
+    """Advance one row by a tick; returns its level."""
+    rule, status = safety.rules[fault], safety.status[fault]
+    events = safety.inputs.events[fault]
+    if events != status.seen or safety.inputs.conditions[fault] != 0:
+        status.onsets += status.age == 0
+        status.age += 1
+        status.quiet = 0
+    elif status.age > 0:
+        status.age += 1
+        status.quiet += 1
+        if status.quiet > rule.clear_ticks and rule.ends_run == 0:
+            status.age = 0
+    status.seen = events
+    status.level = 0 if status.age == 0 else (rule.then if status.age > rule.then_ticks else rule.reaction)
+    if status.age > 0 and rule.ends_run != 0 and safety.ended_by[0] == NO_FAULT:
+        safety.ended_by[0] = fault
+    return status.level
+
+
+@compiled
+def note_late(safety, fault, present):
+    """What the tick finds after `watch`: counted now, and part of the level of this tick."""
+    safety.inputs.conditions[fault] = present
+    safety.level[0] = max(safety.level[0], observe(safety, fault))
+
+
+@compiled
+def fault_bits(safety):
+    """The faults that are there, one bit each."""
+    bits = 0
+    for fault in range(safety.status.shape[0]):
+        if safety.status[fault].age > 0:
+            bits |= 1 << fault
+    return bits
+
+
+@compiled
+def _detect(safety, now_ns, is_missing, load):
+    inputs, conditions, limits = safety.inputs, safety.inputs.conditions, safety.thresholds
+    frame_ns = inputs.frame_ns[0]
+    conditions[_CHUNK_MISSING] = is_missing
+    conditions[_CAMERA_STALE] = frame_ns != 0 and now_ns - frame_ns > limits.max_frame_age_ns
+    _detect_bus(safety)
+    conditions[_SERVO_LOAD] = _is_loaded(safety, load)
+    conditions[_SERVO_HOT] = 0
+    for celsius in inputs.temperature_c:
+        if celsius > limits.max_temperature_c:
+            conditions[_SERVO_HOT] = 1
+    for k in range(_STATUS_BITS.shape[0]):
+        conditions[_STATUS_BITS[k, 0]] = _shows(inputs.servo_status, _STATUS_BITS[k, 1])
+
+
+@compiled
+def _shows(servo_status, bits):
+    """Whether any servo has one of these bits set."""
+    for status in servo_status:  # noqa: SIM110  compiled: any() of a generator is not
+        if status & bits != 0:
+            return True
+    return False
+
+
+@compiled
+def _detect_bus(safety):
+    inputs, conditions, limits = safety.inputs, safety.inputs.conditions, safety.thresholds
+    fault = inputs.bus_fault[0]
+    is_silent = fault not in (OK, SERVO_FAULT, GOAL_REFUSED, PORT_LOST)
+    safety.silent[0] = safety.silent[0] + 1 if is_silent else 0
+    failed = inputs.retries[0] - safety.retries[0]
+    safety.retries[0] = inputs.retries[0]
+    safety.bucket[0] = max(0.0, safety.bucket[0] + failed - limits.retries_per_tick)
+    conditions[_BUS_RETRIES] = safety.bucket[0] > limits.retry_burst
+    conditions[_BUS_SILENT] = is_silent
+    conditions[_BUS_DEAD] = safety.silent[0] >= limits.silent_ticks
+    conditions[_PORT_LOST] = fault == PORT_LOST
+
+
+@compiled
+def _is_loaded(safety, load):
+    """Whether a joint has pushed for too long."""
+    longest = 0
+    for j in range(load.shape[0]):
+        is_high = math.fabs(load[j]) > safety.thresholds.max_load
+        safety.loaded[j] = safety.loaded[j] + 1 if is_high else 0
+        longest = max(longest, safety.loaded[j])
+    return longest >= max(1, safety.thresholds.load_ticks)

@@ -1,0 +1,186 @@
+"""Would the tests notice? Every comparison, operator and number of the files that shape commands, changed one by one.
+
+    python tests/mutation.py            all files, prints the mutants that no test noticed; exit code 1 if there are any
+    python tests/mutation.py splice     one file
+
+Each mutant is a copy of the tree with one change. It first meets the file's own tests in plain Python, which need no
+compilation; one that they let pass meets the compiled tests of everything behind it. By hand, not in CI: an hour.
+"""
+
+import argparse
+import ast
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = (
+    *("embodiment", "kernels", "drivers", "calibration", "runtime", "training", "export"),
+    *("onbeat", "tests", "pyproject.toml", "setup.py"),
+)
+TESTS = {
+    "kernels/limit.py": ("tests/kernels/test_limit.py",),
+    "kernels/splice.py": ("tests/kernels/test_splice.py",),
+    "kernels/interpolate.py": ("tests/kernels/test_interpolate.py",),
+    "runtime/timeline.py": (
+        "tests/runtime/test_timeline.py",
+        "--deselect",
+        "tests/runtime/test_timeline.py::TestThreads",
+    ),
+}
+BEHIND = (
+    "tests/kernels",
+    "tests/runtime/test_timeline.py",
+    "tests/runtime/test_tick.py",
+    "tests/runtime/test_chunk_schedules.py",
+    "tests/runtime/test_scheduler.py",
+)
+PLAIN_LIMIT_S, LIMIT_S = 45, 400  # a mutant that never ends is noticed as well
+
+# What changes nothing that could be seen, and why. The text of the changed line -> reason.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+SWAPS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Div,),
+    ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Mult,),
+    ast.And: (ast.Or,),
+    ast.Or: (ast.And,),
+}
+NAMES = {"min": "max", "max": "min"}
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A file with one change. line: of the source, from 1."""
+
+    path: str
+    line: int
+    was: str
+    now: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.was.strip()}  ->  {self.now.strip()}"
+
+
+def mutants(path: str) -> Iterator[Mutant]:
+    """Every mutant of a file."""
+    source = (ROOT / path).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    plain = ast.unparse(tree).splitlines()
+    for index, node in enumerate(ast.walk(tree)):
+        for change in range(len(_changes(node))):
+            changed = copy.deepcopy(tree)
+            target = next(n for k, n in enumerate(ast.walk(changed)) if k == index)
+            _changes(target)[change]()
+            text = ast.unparse(changed)
+            lines = [(a, b) for a, b in zip(plain, text.splitlines(), strict=False) if a != b]
+            if lines:
+                yield Mutant(path, getattr(node, "lineno", 0), *lines[0], text)
+
+
+def _changes(node: ast.AST) -> list:
+    """What can be done to a node, as functions that do it."""
+    if isinstance(node, ast.Compare):
+        return [lambda new=new: node.ops.__setitem__(0, new()) for new in SWAPS.get(type(node.ops[0]), ())]
+    if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp):
+        return [lambda new=new: setattr(node, "op", new()) for new in SWAPS.get(type(node.op), ())]
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return [lambda: setattr(node, "value", node.value + 1)]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMES:
+        return [lambda: setattr(node.func, "id", NAMES[node.func.id])]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return [lambda: setattr(node, "op", ast.UAdd())]
+    return []
+
+
+def is_noticed(mutant: Mutant, tree: Path, *, plain_only: bool) -> bool:
+    """Whether some test fails in `tree`, a copy that is the mutant's for as long as this takes."""
+    place = tree / mutant.path
+    place.write_text(mutant.source, encoding="utf-8")
+    try:
+        if not _passes(tree, TESTS[mutant.path], plain=True):
+            return True
+        return not plain_only and not _passes(tree, BEHIND, plain=False)
+    finally:
+        shutil.copyfile(ROOT / mutant.path, place)
+
+
+def _passes(tree: Path, tests: Sequence[str], *, plain: bool) -> bool:
+    environment = {**os.environ, "PYTHONPATH": str(tree), "ONBEAT_PLAIN": "1" if plain else "", "OMP_NUM_THREADS": "1"}
+    if plain:
+        environment["NUMBA_DISABLE_JIT"] = "1"
+    limit_s = PLAIN_LIMIT_S if plain else LIMIT_S
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def copy_tree(into: Path) -> Path:
+    """A tree of our own; atomics are plain loads and stores where nothing is compiled."""
+    for name in COPIED:
+        source = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__", "golden", ".hypothesis")
+        (shutil.copytree(source, into / name, ignore=ignored) if source.is_dir() else shutil.copy(source, into / name))
+    with (into / "kernels" / "atomics.py").open("a", encoding="utf-8") as file:
+        file.write(PLAIN_ATOMICS)
+    return into
+
+
+PLAIN_ATOMICS = """
+import os as _os
+
+if _os.environ.get("ONBEAT_PLAIN"):
+    _load_acquire = lambda words, index: int(words[index])
+    _store_release = lambda words, index, value: words.__setitem__(index, value)
+    _fence = lambda: None
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run every mutant; 0 when each was noticed or is known to change nothing."""
+    parser = argparse.ArgumentParser(description="Mutation run over what shapes commands.")
+    parser.add_argument("files", nargs="*", help="names such as `splice`; none: all")
+    parser.add_argument("--plain-only", action="store_true", help="only the file's own tests, in plain Python: minutes")
+    options = parser.parse_args(argv)
+    names = options.files
+    paths = [path for path in TESTS if not names or Path(path).stem in names]
+    survivors: list[Mutant] = []
+    total = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = copy_tree(Path(scratch))
+        for path in paths:
+            if not _passes(tree, TESTS[path], plain=True):
+                print(f"{path}: its tests fail without any change: mend them first", file=sys.stderr)
+                return 2
+            for mutant in mutants(path):
+                total += 1
+                if is_noticed(mutant, tree, plain_only=options.plain_only):
+                    continue
+                reason = EQUIVALENT.get((mutant.was.strip(), mutant.now.strip()))
+                survivors += [] if reason else [mutant]
+                print(f"{'equivalent' if reason else 'SURVIVED'}  {mutant}  {reason or ''}", flush=True)
+    print(f"{total} mutants, {len(survivors)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
