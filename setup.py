@@ -19,7 +19,7 @@ ROBOT = [
 ]
 EXTRAS = {
     "sim": ["mujoco>=3.3"],
-    "train": ["torch>=2.6", "safetensors>=0.4", "tensorboard>=2.16", "tqdm>=4.66"],
+    "train": ["torch>=2.6", "safetensors>=0.4", "tqdm>=4.66"],
     "export": ["torch>=2.6", "safetensors>=0.4", "onnx>=1.17"],
     "realsense": ["pyrealsense2>=2.55"],
     "jetson": ["cuda-python>=12.6", "tensorrt>=10.3"],
