@@ -22,8 +22,9 @@ def splice_reference(old: Rows, new: Rows, first_row: int, blend_rows: int) -> R
     disagreement.
     """
     out = np.where(np.arange(len(new))[:, None] < first_row, old, new)
-    has_old = ~np.isnan(old[first_row : first_row + blend_rows]).any(axis=1)
-    rows = len(has_old) if has_old.all() else int(np.argmin(has_old))
+    fading = old[first_row : first_row + blend_rows]
+    gaps = np.flatnonzero(np.isnan(fading).any(axis=1))
+    rows = int(gaps[0]) if len(gaps) else len(fading)
     for k in range(rows):
         weight = (k + 1) / (rows + 1)
         row = first_row + k
