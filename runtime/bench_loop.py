@@ -74,9 +74,9 @@ class Row:
 
 def summarise(loop: str, rate_hz: int, scheduling: str, late_ns: NDArray[Any], missed: int, faulty: int) -> Row:
     """late_ns: (T,), of ticks that ran. missed: deadlines that passed unused. faulty: ticks whose exchange failed."""
-    percentiles = np.percentile(late_ns, (50, 99, 99.9, 100)) / 1e3
+    p50, p99, p999, longest = (np.percentile(late_ns, (50, 99, 99.9, 100)) / 1e3).tolist()
     share = missed / (missed + len(late_ns))
-    return Row(loop, rate_hz, scheduling, len(late_ns), share, *(float(p) for p in percentiles), faulty)
+    return Row(loop, rate_hz, scheduling, len(late_ns), share, p50, p99, p999, longest, faulty)
 
 
 def sleep_until_due(due_ns: int) -> None:
