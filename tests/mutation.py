@@ -49,6 +49,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "while dt * h * (whole_steps + 1) * (whole_steps + 2) / 2 <= gap:",
         "while dt * h * (whole_steps + 1) * (whole_steps + 2) / 2 < gap:",
     ): "at equality both counts of steps give the same speed",
+    ("if gap <= 0.0:", "if gap < 0.0:"): "the formula gives 0 for a gap of 0 too",
 }
 
 SWAPS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {

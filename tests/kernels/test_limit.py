@@ -12,6 +12,7 @@ from onbeat.kernels.limit import (
     VARIANTS,
     VELOCITY,
     approach_speed,
+    braking_distance,
     limit,
     limit_reference,
 )
@@ -172,3 +173,14 @@ class TestFlags:
     def test_full_speed_is_inside(self, variant: str):
         assert not self.flags(variant, 0.1 * DT, v_max=0.1) & VELOCITY
         assert self.flags(variant, 0.11 * DT, v_max=0.1) & VELOCITY
+
+
+@settings(max_examples=200, deadline=None)
+@given(v=st.floats(-3, 3), h=st.floats(0.01, 1), dt=st.floats(1e-3, 0.1), steps=st.integers(0, 60))
+def test_the_braking_distance_is_that_of_the_steps_as_far_as_they_go(v: float, h: float, dt: float, steps: int):
+    speed, travelled = abs(v), 0.0
+    for _ in range(steps):
+        speed = max(0.0, speed - h)
+        travelled += speed * dt
+    found = braking_distance(v, h, dt, steps)
+    assert found == pytest.approx(np.copysign(travelled, v), rel=1e-9, abs=1e-12)
