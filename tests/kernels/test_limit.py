@@ -12,6 +12,7 @@ from onbeat.kernels.limit import (
     VARIANTS,
     VELOCITY,
     approach_speed,
+    approach_speed_reference,
     braking_distance,
     limit,
     limit_reference,
@@ -152,7 +153,7 @@ def test_flags_are_bits_that_a_recorded_tick_keeps_its_meaning_by():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 class TestFlags:
-    """What each flag means at its edge, on one joint at rest at 0; h = a_max * DT = 0.2 rad/s, one step of it 2 mrad."""
+    """What each flag means at its edge, on one joint at 0; h = a_max * DT = 0.2 rad/s, one step of it 2 mrad."""
 
     def flags(self, variant: str, target: float, *, v: float = 0.0, v_max: float = V_MAX) -> int:
         bounds = [np.array([b]) for b in (Q_MIN, Q_MAX, v_max, A_MAX)]
@@ -184,3 +185,9 @@ def test_the_braking_distance_is_that_of_the_steps_as_far_as_they_go(v: float, h
         travelled += speed * dt
     found = braking_distance(v, h, dt, steps)
     assert found == pytest.approx(np.copysign(travelled, v), rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(gap=st.floats(0, 2), h=st.floats(0.005, 1), dt=st.floats(1e-3, 0.1))
+def test_counting_braking_steps_is_the_closed_form(gap: float, h: float, dt: float):
+    assert approach_speed(gap, h, dt) == pytest.approx(approach_speed_reference(gap, h, dt), rel=1e-9, abs=1e-12)
