@@ -38,8 +38,10 @@ def new_workspace(
     offsets_m: Floats, axes: Floats, tool_m: Floats, low_m: Floats, high_m: Floats, joints: int
 ) -> Workspace:
     """A chain in a box, with its scratch."""
-    given = [np.ascontiguousarray(a, np.float64) for a in (offsets_m, axes, tool_m, low_m, high_m)]
-    return Workspace(*given, np.eye(3), np.eye(3), np.zeros(3), np.zeros(joints))
+    offsets_m, axes, tool_m, low_m, high_m = (
+        np.ascontiguousarray(given, np.float64) for given in (offsets_m, axes, tool_m, low_m, high_m)
+    )
+    return Workspace(offsets_m, axes, tool_m, low_m, high_m, np.eye(3), np.eye(3), np.zeros(3), np.zeros(joints))
 
 
 def no_workspace(joints: int) -> Workspace:

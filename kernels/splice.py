@@ -22,8 +22,9 @@ def splice_reference(old: Rows, new: Rows, first_row: int, blend_rows: int) -> R
     disagreement.
     """
     out = np.where(np.arange(len(new))[:, None] < first_row, old, new)
-    has_old = ~np.isnan(old[first_row : first_row + blend_rows]).any(axis=1)
-    rows = len(has_old) if has_old.all() else int(np.argmin(has_old))
+    fading = old[first_row : first_row + blend_rows]
+    gaps = np.flatnonzero(np.isnan(fading).any(axis=1))
+    rows = int(gaps[0]) if len(gaps) else len(fading)
     for k in range(rows):
         weight = (k + 1) / (rows + 1)
         row = first_row + k
@@ -37,7 +38,7 @@ def splice(old, new, first_row, blend_rows):
     length = new.shape[0]
     rows = _rows_to_blend(old, first_row, min(blend_rows, length - first_row))
     for row in range(first_row, length):
-        weight = min(1.0, (row - first_row + 1) / (rows + 1))
+        weight = (row - first_row + 1) / (rows + 1)
         for joint in range(new.shape[1]):
             if weight < 1.0:
                 old[row, joint] += weight * (new[row, joint] - old[row, joint])
@@ -70,6 +71,6 @@ def guidance_weights(rows: int, delay: int, horizon: int) -> NDArray[np.float32]
     Source: arXiv 2506.07339, eq. 5: with c = (H - s - i) / (H - s - d + 1), the weight is c (e^c - 1) / (e - 1).
     """
     end = max(rows - horizon, delay)
-    c = np.clip((end - np.arange(rows)) / (end - delay + 1), 0.0, 1.0)
+    c = np.maximum(0.0, (end - np.arange(rows)) / (end - delay + 1))
     soft = c * np.expm1(c) / math.expm1(1.0)
     return np.where(np.arange(rows) < delay, 1.0, soft).astype(np.float32)

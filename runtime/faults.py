@@ -389,8 +389,8 @@ TABLE: tuple[Row, ...] = (
     Row(
         Fault.RUNTIME_HUNG,
         "the loop makes no progress and its process keeps the port",
-        "guardian: heartbeat",
-        20,
+        "guardian: heartbeat, `missed_beats`",
+        40,
         Level.HOLD,
         "the guardian kills the process, takes the port, and does as `on_exit` says",
         ends_run=True,
@@ -398,8 +398,8 @@ TABLE: tuple[Row, ...] = (
     Row(
         Fault.RUNTIME_DEAD,
         "the runtime's process is gone: kill -9, out of memory, segmentation fault",
-        "guardian: heartbeat and the port's lock",
-        20,
+        "guardian: heartbeat, `missed_beats`, and the port's lock",
+        40,
         Level.HOLD,
         "servos hold their last goal; the guardian takes the port and does as `on_exit` says",
         ends_run=True,

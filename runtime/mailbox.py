@@ -63,12 +63,12 @@ class StateHistory:
 
     def at(self, t_ns: int) -> NDArray[np.float64] | None:
         """The joints (J,) at a time, linear between states, the nearest outside them; None before the first."""
-        while count := load_acquire(self.ring.count, 0):
+        while count := load_acquire(self.ring.appended, 0):
             size = len(self.ring.t_ns)
             order = np.arange(max(0, count - size), count)
             times, states = self.ring.t_ns[order % size], self.ring.position_rad[order % size]
             fence()
-            whole = order > load_acquire(self.ring.count, 0) - size  # the others were overwritten during the copy
+            whole = order > load_acquire(self.ring.appended, 0) - size  # the others were overwritten during the copy
             if whole.any():
                 times, states = times[whole], states[whole]
                 return np.array([np.interp(t_ns - times[0], times - times[0], joint) for joint in states.T])
@@ -76,22 +76,22 @@ class StateHistory:
 
 
 class StateRing(NamedTuple):
-    """t_ns (N,) int64, position_rad (N, J) float64; count (1,): states ever appended, state k lies at k % N."""
+    """t_ns (N,) int64, position_rad (N, J) float64; appended (1,): states ever, of which state k lies at k % N."""
 
     t_ns: NDArray[np.int64]
     position_rad: NDArray[np.float64]
-    count: NDArray[np.int64]
+    appended: NDArray[np.int64]
 
 
 @compiled
 def append_state(ring, t_ns, position_rad):
     """Add a state newer than all before. ring: StateRing. position_rad: (J,)."""
     fence()  # a reader that sees any of what follows sees that the last state is complete
-    count = ring.count[0]
+    count = ring.appended[0]
     k = count % ring.t_ns.shape[0]
     ring.t_ns[k] = t_ns
     copy_values(ring.position_rad[k], position_rad)
-    store_release(ring.count, 0, count + 1)
+    store_release(ring.appended, 0, count + 1)
 
 
 class ActuatorBox(NamedTuple):

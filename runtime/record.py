@@ -70,10 +70,20 @@ TICK_FIELDS = ("due_ns", "start_ns", "compute_ns", "exchange_ns", "tell_ns", "ou
 
 def new_tick_ring(joints: int, capacity: int = RING_TICKS) -> TickRing:
     """An empty ring."""
-    times = [np.zeros(capacity, np.int64) for _ in range(6)]
-    vectors = [np.zeros((capacity, joints)) for _ in range(2)]
-    words = [np.zeros(1, np.int64) for _ in range(3)]
-    return TickRing(np.zeros(capacity, RECORD), *times, *vectors, *words)
+    return TickRing(
+        rows=np.zeros(capacity, RECORD),
+        due_ns=np.zeros(capacity, np.int64),
+        start_ns=np.zeros(capacity, np.int64),
+        compute_ns=np.zeros(capacity, np.int64),
+        exchange_ns=np.zeros(capacity, np.int64),
+        tell_ns=np.zeros(capacity, np.int64),
+        outcome=np.zeros(capacity, np.int64),
+        goal_rad=np.zeros((capacity, joints)),
+        position_rad=np.zeros((capacity, joints)),
+        written=np.zeros(1, np.int64),
+        taken=np.zeros(1, np.int64),
+        dropped=np.zeros(1, np.int64),
+    )
 
 
 @compiled

@@ -86,7 +86,7 @@ class RobotConfig:
     on_exit: str = HOLD
     park_q: tuple[float, ...] = ()
     park_speed_rad_s: float = 0.5
-    missed_beats: int = 20
+    missed_beats: int = 40
     margin_steps: int = 1
     execute_steps: int = 0
     blend_steps: int = 2

@@ -125,6 +125,7 @@ class Stage:
     policy: SwayPolicy
     acts: Sequence[Act]
     _done: set[Act] = field(default_factory=set)
+    _instructions: int = 0
 
     def __post_init__(self) -> None:
         self.policy.present = self.present
@@ -155,11 +156,11 @@ class Stage:
                 getattr(self, f"_{act.kind}")()
 
     def _refuse(self) -> None:
-        self.session.state.path_v[0] = np.nan
+        self.session.state.path_q[0] = np.nan
 
     def _instruct(self) -> None:
-        scheduler = self.session.scheduler
-        scheduler.set_instruction(INSTRUCTIONS[scheduler.status.inferences % 2])
+        self._instructions += 1
+        self.session.scheduler.set_instruction(INSTRUCTIONS[self._instructions % 2])
 
     def _fill_disk(self) -> None:
         self.session.free_bytes = lambda _: 0

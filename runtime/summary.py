@@ -163,8 +163,8 @@ def executed_delays(run: RunRecords) -> dict[int, int]:
     return {chunk: begun[chunk] + (begun[chunk] < first_row) for chunk, first_row in ran.items()}
 
 
-def _counts(values: Iterable[object]) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values).items(), key=lambda item: item[0])}
+def _counts(values: Iterable[int] | Iterable[str]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
 def _task(truth: Truth | None) -> dict[str, Any]:

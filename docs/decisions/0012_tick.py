@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from onbeat.kernels.limit import limit_reference
-from onbeat.runtime import loop
 from onbeat.runtime.measures import text_table
+from onbeat.runtime.realtime import FIFO_PRIORITY
 from onbeat.runtime.robots import load_robot
 from onbeat.runtime.tick import new_tick_state, tick
 from onbeat.runtime.timeline import publish
@@ -56,7 +56,7 @@ def publish_calls() -> Callable[[int], object]:
 
 def reference_calls() -> Callable[[int], object]:
     limits, zeros = load_robot("so101-twin").limits, np.zeros(6)
-    return lambda _: limit_reference(zeros, zeros, zeros + 0.5, *limits, 0.01)
+    return lambda _: limit_reference(zeros, zeros, zeros + 0.5, *limits[:4], 0.01)
 
 
 def time_calls(call: Callable[[int], object], calls: int = CALLS) -> list[str]:
@@ -70,17 +70,23 @@ def time_calls(call: Callable[[int], object], calls: int = CALLS) -> list[str]:
     return [f"{value / 1e3:.1f}" for value in np.percentile(spent, (50, 99, 100))]
 
 
+def wait_until(due_ns: int, spin_ns: int) -> None:
+    """Sleep to `spin_ns` before the deadline, then look at the clock until it is there."""
+    time.sleep(max(0, due_ns - time.monotonic_ns() - spin_ns) * 1e-9)
+    while time.monotonic_ns() < due_ns:
+        pass
+
+
 def time_waits(spin_ns: int, is_fifo: bool) -> list[str]:
-    """p50, p95, p99 and max of how late `wait_until` returns in a thread of its own, us."""
+    """p50, p95, p99 and max of how late a wait returns in a thread of its own, us."""
     late: list[int] = []
-    loop.SPIN_NS = spin_ns
 
     def wait_on() -> None:
         if is_fifo:
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(loop.FIFO_PRIORITY))
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
         due_ns = time.monotonic_ns() + PERIOD_NS
         for _ in range(WAITS):
-            loop.wait_until(due_ns)
+            wait_until(due_ns, spin_ns)
             late.append(time.monotonic_ns() - due_ns)
             due_ns += PERIOD_NS
 

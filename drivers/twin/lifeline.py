@@ -17,7 +17,12 @@ def end_with_parent() -> None:
 
 
 def claim_realtime(priority: int) -> bool:
-    """Run before all ordinary processes, children not included; False when this user may not. Linux only."""
+    """Run before all ordinary processes, children not included; False when this user may not. Linux only.
+
+    The last processor is left to the loop that drives the arm, which stays there: real servos take nobody's processor.
+    """
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors - {max(processors)} or processors)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     except PermissionError:

@@ -12,6 +12,8 @@ from onbeat.kernels.limit import (
     VARIANTS,
     VELOCITY,
     approach_speed,
+    approach_speed_reference,
+    braking_distance,
     limit,
     limit_reference,
 )
@@ -143,3 +145,49 @@ def test_variants_equal_the_reference(seed: int, joints: int):
         np.testing.assert_allclose(q_next, expected_q, rtol=0, atol=1e-12)
         np.testing.assert_allclose(v_next, expected_v, rtol=0, atol=1e-9)
         assert flags == expected_flags
+
+
+def test_flags_are_bits_that_a_recorded_tick_keeps_its_meaning_by():
+    assert (HELD, POSITION, VELOCITY, ACCELERATION) == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+class TestFlags:
+    """What each flag means at its edge, on one joint at 0; h = a_max * DT = 0.2 rad/s, one step of it 2 mrad."""
+
+    def flags(self, variant: str, target: float, *, v: float = 0.0, v_max: float = V_MAX) -> int:
+        bounds = [np.array([b]) for b in (Q_MIN, Q_MAX, v_max, A_MAX)]
+        return VARIANTS[variant](np.zeros(1), np.array([v]), np.array([target]), *bounds, DT)[2]
+
+    def test_a_step_that_just_fits_is_not_flagged_and_a_little_more_is(self, variant: str):
+        assert self.flags(variant, 1.99e-3) == 0
+        assert self.flags(variant, 2.01e-3) == ACCELERATION
+
+    def test_a_brake_that_is_too_weak_is_flagged(self, variant: str):
+        assert self.flags(variant, 0.0, v=0.1) == 0
+        assert self.flags(variant, 0.0, v=0.3) == ACCELERATION
+
+    def test_the_end_of_the_range_is_inside(self, variant: str):
+        assert not self.flags(variant, Q_MAX) & POSITION
+        assert self.flags(variant, Q_MAX + 1e-6) & POSITION
+
+    def test_full_speed_is_inside(self, variant: str):
+        assert not self.flags(variant, 0.1 * DT, v_max=0.1) & VELOCITY
+        assert self.flags(variant, 0.11 * DT, v_max=0.1) & VELOCITY
+
+
+@settings(max_examples=200, deadline=None)
+@given(v=st.floats(-3, 3), h=st.floats(0.01, 1), dt=st.floats(1e-3, 0.1), steps=st.integers(0, 60))
+def test_the_braking_distance_is_that_of_the_steps_as_far_as_they_go(v: float, h: float, dt: float, steps: int):
+    speed, travelled = abs(v), 0.0
+    for _ in range(steps):
+        speed = max(0.0, speed - h)
+        travelled += speed * dt
+    found = braking_distance(v, h, dt, steps)
+    assert found == pytest.approx(np.copysign(travelled, v), rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(gap=st.floats(0, 2), h=st.floats(0.005, 1), dt=st.floats(1e-3, 0.1))
+def test_counting_braking_steps_is_the_closed_form(gap: float, h: float, dt: float):
+    assert approach_speed(gap, h, dt) == pytest.approx(approach_speed_reference(gap, h, dt), rel=1e-9, abs=1e-12)

@@ -95,9 +95,9 @@ def test_a_chunk_is_not_visible_before_its_latency_is_over(scene):
     episode = Episode(scene, ROBOT, stay(), SEED, replace(CONDITIONS, latency_ns=250_000_000, timeout_ns=10**9))
     while int(episode.state.timeline.published[0]) == 0:
         episode.step()
-    # The tick at 250 ms is the first that sees it; it ends 10 ms later.
-    assert scene.world.time_ns == 260_000_000
-    assert episode.outcome().held_ticks >= 24
+    # The tick at 250 ms is the first that sees it; it ends 5 ms later, give or take half a physics step.
+    assert abs(scene.world.time_ns - 255_000_000) <= 1_000_000
+    assert episode.outcome().held_ticks >= 49
 
 
 @pytest.mark.parametrize(("latency_ms", "first_row"), [(0, 2), (90, 2), (110, 3), (260, 4)])
@@ -110,7 +110,7 @@ def test_the_executed_delay_follows_the_latency(scene, latency_ms, first_row):
 def test_chunks_that_come_after_their_last_row_are_late_and_never_run(scene):
     conditions = replace(CONDITIONS, latency_ns=CHUNK * PERIOD_NS, timeout_ns=2_600_000_000)
     outcome = run_episode(scene, ROBOT, stay(), SEED, conditions)
-    assert (outcome.chunks, outcome.held_ticks) == (0, 259)  # the first tick starts and does not hold
+    assert (outcome.chunks, outcome.held_ticks) == (0, 519)  # the first tick starts and does not hold
     assert dict(outcome.delays) == {EXPIRED: 2}
     assert "expired: 2" in as_text([Evaluation("none", conditions, (outcome,))])
 
@@ -136,7 +136,7 @@ def test_goals_reach_the_world_in_whole_servo_steps(scene, monkeypatch):
     goals, set_goal = [], scene.world.set_goal_rad
     monkeypatch.setattr(scene.world, "set_goal_rad", lambda q: (goals.append(q.copy()), set_goal(q)))
     run_episode(scene, ROBOT, stay(), SEED, replace(CONDITIONS, timeout_ns=300_000_000))
-    assert len(goals) == 30  # one per tick
+    assert len(goals) == 60  # one per tick
     np.testing.assert_allclose(np.array(goals) / RAD_PER_STEP, np.rint(np.array(goals) / RAD_PER_STEP), atol=1e-9)
     assert np.ptp(goals, axis=0).max() > RAD_PER_STEP  # it does go somewhere: home has noise that the policy takes out
 

@@ -22,7 +22,7 @@ def test_a_row_says_something_and_does_not_get_milder(row):
     assert row.cause
     assert row.detector
     assert row.policy
-    assert 0 <= row.within_ticks <= 20
+    assert 0 <= row.within_ticks <= 40
     assert row.then is None or row.then > row.reaction
     assert (row.then is None) == (row.then_after_s == 0.0)
     assert not (row.ends_run and row.clears_after_s)

@@ -8,11 +8,12 @@ from html import unescape
 import numpy as np
 import pytest
 
+from onbeat.drivers.feetech.protocol import OK
 from onbeat.drivers.twin.records import Recorder, TruthLine
 from onbeat.kernels.limit import ACCELERATION, HELD, VELOCITY
 from onbeat.runtime import page, record, report
 from onbeat.runtime.measures import summarise_ns
-from onbeat.runtime.record import ChunkLog, TickLog
+from onbeat.runtime.record import ChunkLog, TickLog, append_tick, new_tick_ring
 from onbeat.runtime.run_records import Attempt, ChunkRecord, RunRecords, Ticks, Truth
 from onbeat.runtime.summary import FIELDS, STAGES, as_text, missed_goals, stage_samples, summarise
 from onbeat.runtime.tick import JointLimits, new_tick_state
@@ -211,8 +212,11 @@ def write_records(folder) -> None:
     limits = JointLimits(*(np.array([bound]) for bound in (-1.0, 1.0, 3.0, 20.0, np.inf)))
     state, ticks = new_tick_state(limits, rate_hz=100.0, rows=2), TickLog(5, 1)
     state.measured_q[:] = state.command_q[:] = 0.1
+    ring = new_tick_ring(1)
     for k in range(3):
-        ticks.append(state, due_ns=ZERO_NS + k * 10 * MS, start_ns=ZERO_NS + k * 10 * MS + 5000, exchange_ns=MS)
+        due_ns = ZERO_NS + k * 10 * MS
+        append_tick(ring, state, due_ns, due_ns + 5000, 10_000, MS, 10_000, OK)
+    assert ticks.take(ring) == 3
     chunks = ChunkLog(3, 2, 1)
     stages = {f"{stage}_ns": 5 * MS for stage in record.STAGES}
     entry = {"chunk_id": 0, "published_ns": ZERO_NS + 9 * MS, "budget": 1, "delay": 0, "first_row": 1}

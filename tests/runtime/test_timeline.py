@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import njit
 
@@ -165,6 +165,17 @@ class TestSeam:
         put(timeline, 3.0, t0_ns=0, now_ns=50_000_000)
         assert target_at(timeline, 3 * PERIOD_NS) == 3.0
 
+    def test_a_burst_replaces_its_own_newest_and_keeps_what_others_continue(self, timeline: Timeline):
+        put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
+        for k in range(1, 7):
+            put(timeline, k / 10, t0_ns=k, now_ns=10)
+        assert [chunk_at(timeline, PERIOD_NS + k) for k in range(8)] == [0, 1, 2, 2, 2, 2, 6, 6]
+
+    def test_a_publisher_that_was_held_up_joins_where_the_loop_is(self, timeline: Timeline):
+        put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
+        timeline.progress_ns[0] = 4 * PERIOD_NS + 1
+        assert put(timeline, 1.0, t0_ns=0, now_ns=PERIOD_NS) == 6
+
     def test_a_burst_never_overwrites_the_chunk_in_force(self, timeline: Timeline):
         put(timeline, 1.0, t0_ns=0, now_ns=0, rows=16)
         for _ in range(9):
@@ -174,6 +185,7 @@ class TestSeam:
 
 
 @settings(max_examples=200, deadline=None)
+@example(seed=0, latencies=[1, 5, 1, 1, 92, 7])  # more chunks within a period than there are slots
 @given(seed=st.integers(0, 2**32 - 1), latencies=st.lists(st.integers(1, 600), min_size=2, max_size=8))
 def test_a_target_never_jumps_while_chunks_follow_each_other(seed: int, latencies: list[int]):
     """Row-to-row steps are at most 2 here, so over 1 ms a continuous path moves at most 2 / 100.

@@ -1,0 +1,83 @@
+"""Ticks on their way out of the loop: a full ring, a full log, wrap-around, and a thread that drains meanwhile."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from onbeat.drivers.feetech.protocol import NO_REPLY, OK
+from onbeat.kernels.compiled import compiled
+from onbeat.runtime.record import TickLog, TickRing, append_tick, new_tick_ring
+from onbeat.runtime.tick import JointLimits, TickState, new_tick_state
+
+LIMITS = JointLimits(*(np.full(2, bound) for bound in (-1.0, 1.0, 2.0, 20.0, np.inf)))
+
+
+@pytest.fixture
+def state() -> TickState:
+    return new_tick_state(LIMITS, rate_hz=100, rows=2)
+
+
+def put(ring: TickRing, state: TickState, k: int) -> None:
+    state.record["t_ns"], state.command_q[:] = k, k
+    append_tick(ring, state, k, k + 1, k + 2, k + 3, k + 4, NO_REPLY if k % 2 else OK)
+
+
+def test_what_does_not_fit_into_the_ring_is_counted_and_the_oldest_are_kept(state: TickState):
+    ring, log = new_tick_ring(2, 4), TickLog(10, 2)
+    for k in range(7):
+        put(ring, state, k)
+    assert ring.dropped[0] == 3
+    assert log.take(ring) == 4
+    assert log.arrays()["due_ns"].tolist() == [0, 1, 2, 3]
+
+
+def test_what_does_not_fit_into_the_log_is_counted_and_makes_room_in_the_ring(state: TickState):
+    ring, log = new_tick_ring(2, 4), TickLog(5, 2)
+    for k in range(8):
+        put(ring, state, k)
+        log.take(ring)
+    assert (log.count, log.dropped, int(ring.dropped[0])) == (5, 3, 0)
+
+
+def test_an_empty_ring_gives_nothing():
+    ring, log = new_tick_ring(2, 4), TickLog(5, 2)
+    assert log.take(ring) == 0
+    assert all(len(values) == 0 for values in log.arrays().values())
+
+
+def test_every_field_arrives_in_its_place_and_in_order(state: TickState):
+    ring, log = new_tick_ring(2, 4), TickLog(20, 2)
+    for k in range(9):
+        put(ring, state, k)
+        if k % 3 == 2:
+            log.take(ring)
+    ticks = log.arrays()
+    order = np.arange(9)
+    for offset, name in enumerate(("due_ns", "start_ns", "compute_ns", "exchange_ns", "tell_ns")):
+        assert (ticks[name] == order + offset).all(), name
+    assert (ticks["t_ns"] == order).all()
+    assert (ticks["outcome"] == [OK, NO_REPLY] * 4 + [OK]).all()
+    assert (ticks["goal_rad"] == order[:, None]).all()
+
+
+def test_a_thread_that_drains_meanwhile_gets_every_tick_once(state: TickState):
+    ring, log, count = new_tick_ring(2, 64), TickLog(200_000, 2), 100_000
+    writer = threading.Thread(target=put_many, args=(ring, state, count))
+    writer.start()
+    while writer.is_alive():
+        log.take(ring)
+    writer.join()
+    log.take(ring)
+    ticks = log.arrays()
+    assert len(ticks["due_ns"]) + int(ring.dropped[0]) == count
+    assert (np.diff(ticks["due_ns"]) > 0).all()
+    assert (ticks["goal_rad"] == ticks["due_ns"][:, None]).all()
+
+
+@compiled
+def put_many(ring, state, count):
+    for k in range(count):
+        state.command_q[0] = k
+        state.command_q[1] = k
+        append_tick(ring, state, k, k, k, k, k, OK)

@@ -1,0 +1,194 @@
+"""What a tick does about faults, judged from outside by the commands; jerk and workspace as hard as the other limits."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onbeat.kernels.kinematics import excess_m
+from onbeat.kernels.limit import smooth, smooth_reference, smoothing_ticks
+from onbeat.runtime.faults import Fault, Level
+from onbeat.runtime.robots import Robot, load_robot
+from onbeat.runtime.safety import report, set_condition
+from onbeat.runtime.tick import OUTSIDE, REFUSED, SLOWED, STOPPED, TickState, new_tick_state, tick
+from onbeat.runtime.timeline import publish
+
+TICK_NS, PERIOD_NS = 10_000_000, 100_000_000
+DT = 0.01
+REACH = np.array([1.5, 0.0, -0.6, 0.4, 1.5, 1.0])  # far, inside every range and over the table
+HOME = np.array([0.0, -0.85, 0.6, 1.2, 0.0, 0.4])
+ROBOT: Robot = load_robot("so101-twin")
+TOLERANCE_M = 0.002  # between the poses that a tick looks at, and by the mean over the path
+
+
+def new_state() -> TickState:
+    state = new_tick_state(
+        ROBOT.limits, rate_hz=100, rows=16, workspace=ROBOT.workspace(), settings=ROBOT.safety
+    )
+    state.measured_q[:] = HOME
+    return state
+
+
+class Drive:
+    """A state and its clock; `chunk` commits targets from now on."""
+
+    def __init__(self) -> None:
+        self.state, self.now_ns = new_state(), 10**9
+        self.commands = [HOME.copy()]
+        self.flags: list[int] = []
+
+    def chunk(self, targets) -> int:
+        rows = np.broadcast_to(targets, (16, 6)).copy()
+        return publish(self.state.timeline, rows, t0_ns=self.now_ns, period_ns=PERIOD_NS, now_ns=self.now_ns)
+
+    def run(self, ticks: int) -> np.ndarray:
+        for _ in range(ticks):
+            self.flags.append(tick(self.state, self.now_ns))
+            self.commands.append(self.state.command_q.copy())
+            self.now_ns += TICK_NS
+        return np.array(self.commands)
+
+    def speed(self) -> np.ndarray:
+        return np.diff(self.commands, axis=0) / DT
+
+
+def assert_inside(commands: np.ndarray) -> None:
+    """Every limit, by differences; 1e-9 is rounding over a period, 1e-6 the same over three."""
+    limits = ROBOT.limits
+    speed = np.diff(commands, axis=0, prepend=commands[:1]) / DT
+    acceleration = np.diff(speed, axis=0, prepend=0 * speed[:1]) / DT
+    jerk = np.diff(acceleration, axis=0, prepend=0 * speed[:1]) / DT
+    assert (commands >= limits.q_min).all()
+    assert (commands <= limits.q_max).all()
+    assert (np.abs(speed) <= limits.v_max * (1 + 1e-9)).all()
+    assert (np.abs(acceleration) <= limits.a_max * (1 + 1e-9) + 1e-7).all()
+    assert (np.abs(jerk) <= limits.j_max * (1 + 1e-9) + 1e-5).all()
+    workspace = ROBOT.workspace()
+    assert max(excess_m(q, workspace) for q in commands) <= TOLERANCE_M
+
+
+class TestLevels:
+    def test_slow_scales_the_speed_and_nothing_jumps(self):
+        drive = Drive()
+        drive.chunk(HOME + REACH)
+        drive.run(40)
+        assert np.abs(drive.speed()[-1]).max() > 2.0
+        set_condition(drive.state.safety, Fault.PERCEPTION_SHIFT, True)
+        drive.run(40)
+        assert drive.flags[-1] & SLOWED
+        assert np.abs(drive.speed()[-10:]).max() <= 0.25 * 3.0 * (1 + 1e-9)
+        assert_inside(np.array(drive.commands))
+
+    def test_hold_brings_it_to_rest_and_keeps_it_and_lets_it_go_on(self):
+        drive = Drive()
+        drive.chunk(HOME + REACH)
+        drive.run(30)
+        set_condition(drive.state.safety, Fault.CAMERA_BLANK, True)
+        drive.run(60)
+        assert drive.flags[-1] & STOPPED
+        assert (np.diff(drive.commands[-20:], axis=0) == 0).all()
+        set_condition(drive.state.safety, Fault.CAMERA_BLANK, False)
+        drive.run(50)
+        assert np.abs(drive.speed()[-20:]).max() > 0.5
+        assert_inside(np.array(drive.commands))
+
+    def test_a_warning_changes_nothing(self):
+        quiet, warned = Drive(), Drive()
+        for drive in (quiet, warned):
+            drive.chunk(HOME + 0.5)
+            drive.run(10)
+        report(warned.state.safety, Fault.CHUNK_LATE)
+        assert (quiet.run(30) == warned.run(30)).all()
+        assert warned.state.safety.status["onsets"][Fault.CHUNK_LATE] == 1
+
+    def test_the_record_names_level_and_faults(self):
+        drive = Drive()
+        report(drive.state.safety, Fault.CHUNK_LATE)
+        set_condition(drive.state.safety, Fault.CAMERA_CLOCK, True)
+        drive.run(2)
+        record = drive.state.record[0]
+        assert record["level"] == Level.SLOW
+        assert record["faults"] == 1 << Fault.CAMERA_CLOCK
+
+    def test_no_row_due_is_no_fault_before_the_first_chunk(self):
+        drive = Drive()
+        drive.run(5)
+        assert drive.state.safety.status["onsets"][Fault.CHUNK_MISSING] == 0
+        drive.chunk(HOME)
+        drive.run(200)
+        assert drive.state.safety.status["onsets"][Fault.CHUNK_MISSING] == 1
+
+
+class TestLastCheck:
+    @pytest.mark.parametrize(
+        ("field", "bad"),
+        [("path_q", np.nan), ("path_q", np.inf), ("path_q", 50.0), ("path_v", np.inf), ("path_v", -50.0)]
+        + [("path", np.nan), ("path", -np.inf), ("path", 50.0)],
+    )
+    def test_a_spoilt_path_brakes_from_the_last_command(self, field: str, bad: float):
+        drive = Drive()
+        drive.chunk(HOME + REACH)
+        drive.run(40)
+        getattr(drive.state, field)[..., 0] = bad
+        drive.run(60)
+        assert drive.flags[40] & REFUSED
+        assert drive.state.safety.status["onsets"][Fault.COMMAND_REFUSED] == 1
+        commands = np.array(drive.commands)
+        assert np.isfinite(commands).all()
+        acceleration = np.diff(commands, n=2, axis=0) / DT**2
+        assert np.abs(acceleration).max() <= 20.0 * (1 + 1e-9) + 1e-7
+
+    def test_nothing_moves_when_the_last_command_is_spoilt_too(self):
+        drive = Drive()
+        drive.run(3)
+        drive.state.command_v[0] = np.inf
+        drive.state.path_v[0] = np.nan
+        commands = drive.run(20)
+        assert (commands == HOME).all()
+
+
+class TestWorkspace:
+    def test_the_tool_stays_over_the_floor_and_comes_back(self):
+        drive = Drive()
+        for _ in range(3):
+            drive.chunk([0.0, 0.9, 0.6, 0.8, 0.0, 0.4])  # 10 cm under the table
+            drive.run(150)
+            assert any(flags & OUTSIDE for flags in drive.flags)
+            assert drive.state.safety.status["age"][Fault.WORKSPACE] > 0
+            drive.chunk(HOME)
+            drive.run(160)
+            assert drive.commands[-1] == pytest.approx(HOME, abs=0.02)
+        assert_inside(np.array(drive.commands))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_no_schedule_of_chunks_and_faults_breaks_a_limit(seed: int):
+    rng, drive = np.random.default_rng(seed), Drive()
+    for _ in range(12):
+        if rng.random() < 0.7:
+            drive.chunk(rng.uniform(ROBOT.limits.q_min - 0.2, ROBOT.limits.q_max + 0.2, (16, 6)))
+        fault = Fault(int(rng.integers(len(Fault))))
+        set_condition(drive.state.safety, fault, bool(rng.random() < 0.4))
+        drive.run(int(rng.integers(1, 60)))
+    drive.run(80)
+    assert_inside(np.array(drive.commands))
+    assert drive.state.counters.refused[0] == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), joints=st.integers(1, 4))
+def test_compiled_smoothing_equals_the_reference(seed: int, joints: int):
+    rng = np.random.default_rng(seed)
+    ticks = rng.integers(1, 9, joints)
+    path, newest = rng.uniform(-3, 3, (8, joints)), int(rng.integers(8))
+    out = np.empty(joints)
+    smooth(path, newest, ticks, out)
+    ordered = np.roll(path, -newest - 1, axis=0)
+    assert out == pytest.approx(smooth_reference(ordered, ticks), abs=1e-13)
+
+
+def test_smoothing_covers_the_jerk():
+    assert smoothing_ticks(np.array([20.0]), np.array([1000.0]), 0.01).tolist() == [4]
+    assert smoothing_ticks(np.array([20.0]), np.array([np.inf]), 0.01).tolist() == [1]
+    assert smoothing_ticks(np.array([20.0]), np.array([999.0]), 0.01).tolist() == [5]
