@@ -5,6 +5,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,22 +17,25 @@ from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import Frame
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.daemon import Session, loaded_modules
+from onbeat.runtime.faults import Level
 from onbeat.runtime.policy import PolicyOutput, StageTimes
-from onbeat.runtime.robots import Robot, load_robot
+from onbeat.runtime.robots import Robot, build_robot, load_robot
+from onbeat.runtime.safety import onsets
 
 ROWS, JOINTS = 16, 6
 RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
 
 
 class LiveCamera:
-    """A frame every 100 ms, until `frozen`."""
+    """A frame every 100 ms, until `frozen_ns`; black once it is covered."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.frozen_ns = name, 0
+        self.name, self.frozen_ns, self.is_covered = name, 0, False
 
     def latest(self) -> Frame:
         t_ns = (self.frozen_ns or time.monotonic_ns()) // 100_000_000 * 100_000_000
-        return Frame(t_ns // 100_000_000, t_ns, np.random.default_rng(t_ns).integers(0, 255, (8, 8, 3), np.uint8))
+        rgb = np.random.default_rng(t_ns).integers(0, 1 if self.is_covered else 255, (8, 8, 3), np.uint8)
+        return Frame(t_ns // 100_000_000, t_ns, rgb)
 
     def close(self) -> None: ...
 
@@ -77,8 +82,8 @@ def _ordinary_process() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-def session(*, seconds: float = 1.0, fails_at: int = 10**6) -> Session:
-    robot = load_robot("so101-twin")
+def session(*, seconds: float = 1.0, fails_at: int = 10**6, on_exit: str = "hold") -> Session:
+    robot = build_robot(replace(load_robot("so101-twin").config, on_exit=on_exit))
     bus = CountingBus(robot.joints)
     cameras = [LiveCamera(view) for view in robot.embodiment.views]
     policy = SwingingPolicy(robot, fails_at)
@@ -110,6 +115,40 @@ def test_an_error_in_the_inference_thread_stops_the_run_with_its_reason():
         run.run()
     assert run.status()["t_s"] < 5
     assert_came_to_rest(run)
+
+
+def test_a_disk_that_fills_up_ends_the_run_by_name(tmp_path: Path):
+    run = session(seconds=30.0)
+    run.run_dir, run.free_bytes = tmp_path, lambda _: 10**12
+    filling = threading.Timer(1.0, setattr, (run, "free_bytes", lambda _: run.ticks.nbytes))
+    filling.start()
+    with pytest.raises(OnbeatError, match="DISK_FULL"):
+        run.run()
+    assert_came_to_rest(run)
+
+
+def test_an_arm_relaxes_at_the_end_where_its_file_says_so():
+    run = session(seconds=0.5, on_exit="relax")
+    run.run()
+    assert not run.bus.is_enabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_an_arm_parks_slowly_and_then_relaxes():
+    run = session(seconds=0.5, on_exit="park")
+    run.run()
+    goals = np.array(run.bus.goals)  # pyright: ignore[reportAttributeAccessIssue]
+    assert goals[-1] == pytest.approx(run.robot.config.park_q, abs=0.01)
+    assert not run.bus.is_enabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_cameras_that_show_nothing_hold_the_arm():
+    run = session(seconds=1.5)
+    cover = threading.Timer(0.6, lambda: [setattr(camera, "is_covered", True) for camera in run.cameras])
+    cover.start()
+    run.run()
+    assert onsets(run.state.safety)["CAMERA_BLANK"] == 1
+    assert_came_to_rest(run)
+    assert run.ticks.arrays()["level"][-2] == Level.HOLD
 
 
 def test_an_error_of_the_first_inference_moves_nothing():
@@ -144,7 +183,8 @@ def test_stop_before_the_first_tick_moves_nothing_far():
     run = session(seconds=30.0)
     run.stop.set()
     run.run()
-    assert run.loop.status.ticks <= 2
+    assert run.loop.status.ticks <= 40  # 0.2 s, on a busy machine
+    assert (np.diff(run.ticks.arrays()["goal_rad"], axis=0) == 0).all()
 
 
 def test_the_modules_of_a_process_are_told():

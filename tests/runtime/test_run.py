@@ -20,7 +20,8 @@ from onbeat.drivers.feetech.device import FeetechBus
 from onbeat.drivers.feetech.protocol import RAD_PER_STEP
 from onbeat.drivers.twin.client import start_twin
 from onbeat.drivers.twin.frames import SHARED_MEMORY, FrameWriter
-from onbeat.drivers.twin.records import read_goals
+from onbeat.drivers.twin.inject import UNPLUGGED, Injection, inject
+from onbeat.drivers.twin.records import read_goals, read_torque
 from onbeat.runtime import record
 from onbeat.runtime.daemon import DaemonConfig
 from onbeat.runtime.loop import ControlLoop, compile_ahead
@@ -34,6 +35,13 @@ from onbeat.runtime.timeline import publish
 
 RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
 MOST_FAULTY = 0.05  # of the ticks: the twin's process may not get a processor within an exchange's time-out
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """The processes that tests start find the loop compiled: nobody waits for that inside a time-out."""
+    compile_ahead(load_robot("so101-twin").limits)
+
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "ckpt_a1" / "checkpoint"
@@ -58,6 +66,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_statistics(Statistics("random", MERGED, statistics, statistics), folder / "checkpoint")
     language = PolicyLanguage.from_folder(folder / "checkpoint", embodiment=robot.embodiment)
     return export_bundle(Recipe(folder / "checkpoint", "random", language), folder / "bundle").folder
+
+
+@pytest.fixture
+def relaxing(tmp_path: Path) -> Path:
+    """A robot file that lets go at the end."""
+    path = tmp_path / "relaxing.toml"
+    path.write_text("on_exit = 'relax'\n")
+    return path
 
 
 def start_run(bundle: Path, out: Path, *options: str) -> "subprocess.Popen[str]":
@@ -148,7 +164,7 @@ class TestRobotFile:
             ("loop_rate = 50", "did you mean 'loop_rate_hz'"),
             ("name = 'mine'", "unknown field 'name'"),
             ("port = 3", "must be a str"),
-            ("on_exit = 'drop'\n", "choose 'hold' or 'relax'"),
+            ("on_exit = 'drop'\n", "choose hold, relax, park"),
             ("v_max = [1.0]", "give 6, one per joint"),
             ("v_max = [0, 1, 1, 1, 1, 1]", "above 0 for every joint"),
             ("q_min = [0, 0, 0, 0, 0, 9]", "q_min below q_max"),
@@ -196,6 +212,8 @@ class TestScripted:
             start = state.measured_q.copy()
             thread = threading.Thread(target=lambda: (prepare_real_time(), loop.run()))
             thread.start()
+            while loop.status.ticks == 0:
+                time.sleep(0.01)
             ends = [start + 0.3, start - 0.2, start + 0.1]
             for end in ends:
                 now_ns = time.monotonic_ns()
@@ -260,15 +278,38 @@ class TestRun:
         assert (goals[-1] == goals[-2]).all()
         assert np.abs(np.diff(goals[-200:], n=2, axis=0)).max() <= 20.0 / RATE_HZ**2 / RAD_PER_STEP + 2
 
-    def test_a_killed_daemon_is_noticed_and_ends_everything(self, bundle: Path, tmp_path: Path):
-        run = start_run(bundle, tmp_path, "--seconds", "60")
-        wait_for_motion(run, tmp_path)
+    def test_a_killed_daemon_leaves_the_arm_to_the_guardian(self, bundle: Path, tmp_path: Path, relaxing: Path):
+        run = start_run(bundle, tmp_path / "out", "--seconds", "60", "--robot-file", str(relaxing))
+        wait_for_motion(run, tmp_path / "out")
         daemons = [p for p in psutil.Process(run.pid).children() if "onbeat.runtime.daemon" in p.cmdline()]
         assert len(daemons) == 1
         daemons[0].kill()
         _, err = run.communicate(timeout=30)
         assert run.returncode == 1
         assert "the daemon ended with exit code -9" in err
+        assert "RUNTIME_DEAD: the guardian took torque off" in err
+        assert not any(read_torque(run_folder(tmp_path / "out") / "twin")[-1].holds)
+
+    def test_a_pulled_cable_is_waited_for_and_the_arm_let_go(self, bundle: Path, tmp_path: Path, relaxing: Path):
+        run = start_run(bundle, tmp_path / "out", "--seconds", "60", "--robot-file", str(relaxing))
+        wait_for_motion(run, tmp_path / "out")
+        twin, now_ns = run_folder(tmp_path / "out") / "twin", time.monotonic_ns()
+        inject(twin, Injection(UNPLUGGED, now_ns, now_ns + 2_000_000_000))
+        _, err = run.communicate(timeout=60)
+        assert run.returncode == 1
+        assert "plug the adapter in again" in err
+        assert not any(read_torque(twin)[-1].holds)
+        assert record.load(twin.parent)[2]["faults"]["PORT_LOST"] == 1
+
+    def test_sigterm_ends_as_the_robot_file_says(self, bundle: Path, tmp_path: Path, relaxing: Path):
+        run = start_run(bundle, tmp_path / "out", "--seconds", "60", "--robot-file", str(relaxing))
+        wait_for_motion(run, tmp_path / "out")
+        run.terminate()
+        _, err = run.communicate(timeout=30)
+        assert run.returncode == 0, err
+        goals = read_goals(run_folder(tmp_path / "out") / "twin")["goal_steps"].astype(int)
+        assert (goals[-1] == goals[-2]).all(), "at rest before the torque went"
+        assert not any(read_torque(run_folder(tmp_path / "out") / "twin")[-1].holds)
 
     def test_a_killed_supervisor_leaves_nothing_running(self, bundle: Path, tmp_path: Path):
         run = start_run(bundle, tmp_path, "--seconds", "60")
