@@ -106,13 +106,6 @@ class TestFaults:
         with pytest.raises(LoopFault, match="gave no answer in time"):
             rig.run(30.0)
 
-    def test_a_servo_that_protects_itself_is_named(self):
-        rig = Rig(20)
-        rig.loop.read_first()
-        rig.bus.exchange = broken(ServoOverload("servo 4 (wrist_flex) reports OVERLOAD"))
-        with pytest.raises(LoopFault, match=r"protects itself.*wrist_flex.*free the joint"):
-            rig.loop.run(rig.stop)
-
     def test_a_pulled_cable_stops_it_at_once(self):
         rig = Rig()
         rig.bus.faults = {5: PortLost("the port is gone")}

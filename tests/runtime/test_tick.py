@@ -95,8 +95,12 @@ class TestLastCheck:
             (np.nan, 1.5, True),
         ],
     )
-    def test_refuses_what_leaves_the_range_or_jumps(self, before: float, after: float, is_safe: bool):
-        assert _is_safe(np.full(2, after), np.full(2, before), LIMITS, 0.01) is is_safe
+    def test_refuses_what_leaves_the_range_or_jumps(
+        self, state: TickState, before: float, after: float, is_safe: bool
+    ):
+        state.command_q[:], state.next_q[:] = before, after
+        state.command_v[:] = state.next_v[:] = (after - before) / state.period_s
+        assert _is_safe(state) is is_safe
 
 
 class TestStart:
