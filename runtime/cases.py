@@ -170,7 +170,7 @@ def _build_case(
         noise=arrays["rng/noise"][: sampler.iterations],
         directions=arrays["rng/mpg_directions"] if sampler.gate == "directions" else None,
         prev_chunk=inputs.get("prev_chunk"),
-        delay=int(_number(name, {"inference_delay": 0} | meta, "inference_delay")),
+        delay=int(_number(name, {"inference_delay": meta.get("inference_delay") or 0}, "inference_delay")),
         keeps_prefix=bool(meta["rtc_active"]),
         enable_rtc=bool(meta["enable_rtc"]),
         overrides={key: _number(name, meta["overrides"], key) for key in meta["overrides"]},
