@@ -208,6 +208,12 @@ def test_wrong_usage(arguments: Sequence[str]) -> None:
     assert stop.value.code == 2
 
 
+def test_help_names_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "gate's cost is taken (default: expectation)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_unknown_robot(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(checkpoint), str(tmp_path / "out"), "--embodiment", "liberoo"]) == 1
     assert "libero" in capsys.readouterr().err
