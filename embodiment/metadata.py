@@ -62,8 +62,7 @@ def load_statistics(folder: Path, dataset: str | None = None, variant: str | Non
     document = _read(path)
     merged, variants = _forms(document, name, path)
     taken = _choose(merged is not None, variants, variant, path)
-    entry = merged if taken == MERGED else variants[taken]
-    assert entry is not None
+    entry = merged if taken == MERGED and merged is not None else variants[taken]
     sides = {side: _side(entry, side, f"{path} ({taken})") for side in ("state", "action")}
     return Statistics(name, taken, sides["state"], sides["action"])
 
@@ -121,13 +120,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _forms(document: dict[str, Any], name: str, path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The merged set, if there is one, and the variants by name, whichever form the file has."""
-    top = document.get(name, {})
+    top = _table(document.get(name, {}), f"{path}: '{name}'")
     merged = top if "statistics" in top else None
     nested = {} if merged else {k: v for k, v in top.items() if isinstance(v, dict) and "statistics" in v}
-    variants = nested | document.get(f"{name}_variants", {})
+    beside = f"{name}_variants"
+    variants = nested | _table(document.get(beside, {}), f"{path}: '{beside}'")
+    for variant, entry in variants.items():
+        _table(entry, f"{path}: variant '{variant}'")
     if merged is None and not variants:
         raise MetadataError(f"{path} has no entry '{name}' with statistics: rename the file after its data set")
     return merged, variants
+
+
+def _table(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise MetadataError(f"{where} is {type(value).__name__}, not a table: copy the file again from the checkpoint")
+    return value
 
 
 def _choose(has_merged: bool, variants: Mapping[str, Any], wanted: str | None, path: Path) -> str:
@@ -148,9 +156,10 @@ def _choose(has_merged: bool, variants: Mapping[str, Any], wanted: str | None, p
 
 
 def _side(entry: Mapping[str, Any], side: str, where: str) -> dict[str, KeyStatistics]:
-    keys = entry["statistics"].get(side, {})
+    statistics = _table(entry.get("statistics"), f"{where}: 'statistics'")
+    keys = _table(statistics.get(side, {}), f"{where}: {side} statistics")
     try:
-        return {key: _key_statistics(values) for key, values in keys.items()}
+        return {key: _key_statistics(_table(values, f"{where}: {side} '{key}'")) for key, values in keys.items()}
     except (TypeError, ValueError) as error:
         raise MetadataError(f"{where}: {side} statistics are no numbers ({error}): copy the file again") from None
 

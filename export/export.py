@@ -44,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="flow steps (default: the checkpoint's)")
     parser.add_argument("--refinements", type=int, metavar="N", help="gated refinements (default: the checkpoint's)")
     parser.add_argument(
-        "--gate", choices=GATES, default="expectation", help="how the gate's cost is taken (%(default)s)"
+        "--gate", choices=GATES, default="expectation", help="how the gate's cost is taken (default: %(default)s)"
     )
     _add_shared(parser)
     arguments = parser.parse_args(argv)

@@ -57,7 +57,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Replay recorded cases with their own noise and directions; exit 1 above the tolerance.",
     )
     parser.add_argument("--cases", type=Path, required=True, metavar="DIR", help="folder of recorded cases")
-    parser.add_argument("--backend", choices=("torch", "onnx"), default="torch", help="what answers (%(default)s)")
+    backend = "what answers (default: %(default)s)"
+    parser.add_argument("--backend", choices=("torch", "onnx"), default="torch", help=backend)
     bundles = "exported bundles for the onnx backend; without it, they are made in a temporary folder (needs torch)"
     parser.add_argument("--bundles", type=Path, metavar="DIR", help=bundles)
     tolerance = "largest absolute difference of the normalised actions (default: %(default)g)"
@@ -166,12 +167,14 @@ def fits(manifest: Manifest, case: Case, checkpoint: Path, rope: str) -> bool:
 
 def format_table(verdicts: Sequence[Verdict], tolerance: float) -> str:
     """A line per case and one for all."""
-    width = max([len("case"), *(len(verdict.case.name) for verdict in verdicts)])
-    header = f"{'case':<{width}}  {'action_pred':>11}  {'action keys':>11}  within {tolerance:g}"
-    lines = [f"{verdict.case.name:<{width}}  {_format_verdict(verdict)}" for verdict in verdicts]
+    names = [("case", "robot"), *((verdict.case.name, verdict.case.embodiment.name) for verdict in verdicts)]
+    cases, robots = (max(map(len, column)) for column in zip(*names, strict=True))
+    labels = [f"{case:<{cases}}  {robot:<{robots}}" for case, robot in names]
+    answers = [f"{'action_pred':>11}  {'action keys':>11}  within {tolerance:g}", *map(_format_verdict, verdicts)]
+    lines = [f"{label}  {answer}" for label, answer in zip(labels, answers, strict=True)]
     failed = sum(not verdict.passed for verdict in verdicts)
     total = f"{len(verdicts)} cases, {failed} above the tolerance" if failed else f"{len(verdicts)} cases, all within"
-    return "\n".join([header, *lines, total])
+    return "\n".join([*lines, total])
 
 
 def _format_verdict(verdict: Verdict) -> str:
@@ -184,6 +187,7 @@ def format_json(verdicts: Sequence[Verdict], tolerance: float) -> str:
     rows: list[dict[str, Any]] = [
         {
             "case": verdict.case.name,
+            "embodiment": verdict.case.embodiment.name,
             "action_pred": verdict.replay.actions,
             "action_keys": dict(verdict.replay.keys),
             "passed": verdict.passed,

@@ -5,6 +5,7 @@ with a .json beside it that says which instruction, data configuration and sampl
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.metadata import AUTO
 from onbeat.embodiment.robot import Embodiment
 from onbeat.embodiment.schema import find_embodiment
+from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.engine import Engine, SamplerSpec
 from onbeat.runtime.language import SETTINGS_FILE, PolicyLanguage
 from onbeat.runtime.observation import Observation, observe_recorded
@@ -84,21 +86,24 @@ def load_cases(folder: str | Path) -> list[Case]:
     """Every case that the folder's manifest lists. Raises CaseError."""
     folder = Path(folder)
     entries = _read_json(folder / CASES_FILE, "give a folder of recorded cases")
-    try:
-        return [load_case(folder, entry["file"], entry["checkpoint"], entry.get("note", "")) for entry in entries]
-    except (KeyError, TypeError, AttributeError) as problem:
-        raise CaseError(f"{folder / CASES_FILE} is no list of cases ({problem!r}): record them again") from None
+    if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)):
+        raise CaseError(
+            f"{folder / CASES_FILE} is no list of cases, each with a 'file' and a 'checkpoint': record them again"
+        )
+    return [load_case(folder, entry["file"], entry["checkpoint"], entry.get("note", "")) for entry in entries]
 
 
 def load_case(folder: Path, file: str, checkpoint: str, note: str = "") -> Case:
-    """One case. Raises CaseError naming the file and what it lacks."""
+    """One case. Raises CaseError naming the file and what it lacks or has wrong."""
     path = folder / file
     meta = _read_json(path.with_suffix(".json"), "every case needs one")
     arrays = _read_arrays(path)
     try:
-        return _build_case(file.removesuffix(".npz"), checkpoint, note, meta, arrays)
-    except (KeyError, TypeError, IndexError) as problem:
+        case = _build_case(file.removesuffix(".npz"), checkpoint, note, meta, arrays)
+        _check_answer(case)
+    except (KeyError, TypeError, IndexError, AttributeError) as problem:
         raise CaseError(f"{path} is incomplete ({problem!r}): record the case again") from None
+    return case
 
 
 def case_language(folder: Path, case: Case) -> PolicyLanguage:
@@ -127,11 +132,35 @@ def _scaled_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
 
 
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("file", "checkpoint"))
+
+
+def _check_answer(case: Case) -> None:
+    """Raise CaseError unless the answer has the rows of the noise, and the robot's own keys in their sizes."""
+    sizes = {key.name: key.size for key in case.embodiment.action}
+    unknown = sorted(case.keys.keys() - sizes.keys())
+    if unknown:
+        what = f"'{ACTION}{unknown[0]}' is no action of {case.embodiment.name}"
+        raise CaseError(f"{case.name}: {what}: record the case again with its own data configuration")
+    rows = case.noise.shape[1]
+    _check_array(case, "out/action_pred", case.actions, (rows, UNIFIED_DIM))
+    for name, values in case.keys.items():
+        _check_array(case, ACTION + name, values, (rows, sizes[name]))
+
+
+def _check_array(case: Case, name: str, values: NDArray[Any], shape: tuple[int, int]) -> None:
+    # Compared as they are, a single row would be held against every row of the answer.
+    if values.shape != shape or not np.issubdtype(values.dtype, np.floating):
+        found = f"is {values.dtype} {values.shape}, not {shape[0]} rows of {shape[1]} numbers"
+        raise CaseError(f"{case.name}: '{name}' {found}: record the case again")
+
+
 def _build_case(
     name: str, checkpoint: str, note: str, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
 ) -> Case:
     inputs = {key.removeprefix("in/"): array for key, array in arrays.items() if key.startswith("in/")}
-    sampler = _sampler(meta, arrays)
+    sampler = _sampler(name, meta, arrays)
     return Case(
         name=name,
         checkpoint=checkpoint,
@@ -141,10 +170,10 @@ def _build_case(
         noise=arrays["rng/noise"][: sampler.iterations],
         directions=arrays["rng/mpg_directions"] if sampler.gate == "directions" else None,
         prev_chunk=inputs.get("prev_chunk"),
-        delay=int(meta.get("inference_delay") or 0),
+        delay=int(_number(name, {"inference_delay": meta.get("inference_delay") or 0}, "inference_delay")),
         keeps_prefix=bool(meta["rtc_active"]),
         enable_rtc=bool(meta["enable_rtc"]),
-        overrides=meta["overrides"],
+        overrides={key: _number(name, meta["overrides"], key) for key in meta["overrides"]},
         sampler=sampler,
         embodiment=_embodiment(meta, inputs),
         views=tuple(key.removeprefix(VIDEO) for key in meta["video_keys"]),
@@ -156,16 +185,23 @@ def _build_case(
     )
 
 
-def _sampler(meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SamplerSpec:
+def _sampler(name: str, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SamplerSpec:
     """What the published code did, in our terms."""
-    steps = int(meta["num_inference_timesteps"])
+    steps = int(_number(name, meta, "num_inference_timesteps"))
     if not meta["use_mpg_active"]:
         return SamplerSpec(steps, 1, "off", 0.0, 1.0, 0)
     count = arrays["rng/mpg_directions"].shape[2]
-    iterations = 1 + int(meta["mpg_refinement_iters"])
-    return SamplerSpec(
-        steps, iterations, "directions", float(meta["mpg_lambda"]), float(meta["mpg_gate_temperature"]), count
-    )
+    iterations = 1 + int(_number(name, meta, "mpg_refinement_iters"))
+    strength, temperature = (float(_number(name, meta, key)) for key in ("mpg_lambda", "mpg_gate_temperature"))
+    return SamplerSpec(steps, iterations, "directions", strength, temperature, count)
+
+
+def _number(name: str, meta: Mapping[str, Any], key: str) -> bool | int | float:
+    """A number of the case `name`, as it stands. Raises CaseError, and KeyError where there is none."""
+    value = meta[key]
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CaseError(f"{name}: '{key}' is {value!r}, not a number: correct it or record the case again")
+    return value
 
 
 def _embodiment(meta: Mapping[str, Any], inputs: Mapping[str, NDArray[Any]]) -> Embodiment:
@@ -177,11 +213,14 @@ def _embodiment(meta: Mapping[str, Any], inputs: Mapping[str, NDArray[Any]]) -> 
     )
 
 
-def _read_json(path: Path, remedy: str) -> Any:
+def _read_json(path: Path, absent: str) -> Any:
+    """The document; `absent` is the remedy where there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CaseError(f"there is no {path}: {absent}") from None
     except (OSError, ValueError) as problem:
-        raise CaseError(f"{path} cannot be read ({problem}): {remedy}") from None
+        raise CaseError(f"{path} is no readable JSON ({problem}): record it again") from None
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -26,7 +26,7 @@ from onbeat.embodiment.schema import load_embodiment
 from onbeat.embodiment.slots import UNIFIED_DIM, suggest
 from onbeat.kernels.image import resize_and_crop
 from onbeat.runtime.engine import PolicyInputs
-from onbeat.runtime.observation import Observation, select_observation
+from onbeat.runtime.observation import BadState, Observation, select_observation
 from onbeat.runtime.prompt import Prompt, build_prompt, instruction_template, load_tokenizer, system_message
 
 SETTINGS_FILE = "language.json"
@@ -158,8 +158,13 @@ class PolicyLanguage:
         return {key.name: self._to_network(key, np.asarray(state[key.name]), "state") for key in self.embodiment.state}
 
     def unify_state(self, normalised: Mapping[str, Array]) -> NDArray[np.float32]:
-        """Normalised state values (d,) in their slots: (200,) float32, 0 elsewhere."""
-        return _unify(self.embodiment.state, normalised, ())
+        """Normalised state values (d,) in their slots: (200,) float32, 0 elsewhere. Raises BadState."""
+        with np.errstate(over="ignore"):  # refused below, by name
+            unified = _unify(self.embodiment.state, normalised, ())
+        for key in self.embodiment.state:
+            if not np.isfinite(unified[key.start : key.stop]).all():
+                raise BadState(f"state '{key.name}' overflows float32 ({normalised[key.name]}): check the sensor")
+        return unified
 
     def decode(self, actions: NDArray[np.float32]) -> dict[str, Array]:
         """Unified actions (C, 200) as values (C, d) per action key, in the robot's units and rotation forms."""

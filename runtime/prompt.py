@@ -17,6 +17,7 @@ STATE_START, STATE_END = "<|state_start|>", "<|state_end|>"
 NEWLINE = "\n"
 PARTS = ("vocab.json", "merges.txt", "added_tokens.json")
 SPECIAL_TOKENS = (TURN_START, TURN_END, IMAGES_START, IMAGES_END, STATE_START, STATE_END)
+MOST_CHARACTERS = 2000
 PLACEHOLDER = 0  # stands where the network puts image and state embeddings
 
 SYSTEM_MESSAGES = {
@@ -48,7 +49,7 @@ class TemplateError(OnbeatError):
 
 
 class InstructionError(OnbeatError):
-    """An instruction that contains the text of special tokens: it could close its turn and open another."""
+    """An instruction that is no text, says nothing, is too long, or has special tokens, which could end its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,13 @@ def instruction_template(name_or_text: str) -> str:
 
 
 def check_instruction(tokenizer: Tokenizer, instruction: str) -> None:
-    """Raise InstructionError when any part of the instruction would be read as a special token, or is no text."""
+    """Raise InstructionError when the instruction is no text of a fitting length, or has special tokens in it."""
+    if not isinstance(instruction, str):
+        raise InstructionError(f"the instruction is {type(instruction).__name__}, not text: say what is to be done")
+    if not instruction.strip():
+        raise InstructionError("the instruction is empty: say what is to be done")
+    if len(instruction) > MOST_CHARACTERS:
+        raise InstructionError(f"the instruction has {len(instruction)} characters: give at most {MOST_CHARACTERS}")
     try:
         instruction.encode("utf-8")
     except UnicodeEncodeError:

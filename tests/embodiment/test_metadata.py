@@ -82,6 +82,35 @@ def test_what_is_not_there_is_named(tmp_path, document, variant, says):
         load_statistics(write(tmp_path, document), "kitchen", variant)
 
 
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ({"kitchen": None}, "'kitchen' is NoneType"),
+        ({"kitchen": [1]}, "'kitchen' is list"),
+        ({"kitchen": {"statistics": None}}, "'statistics' is NoneType"),
+        ({"kitchen": {"statistics": []}}, "'statistics' is list"),
+        ({"kitchen": {"statistics": {"state": [1]}}}, "state statistics is list"),
+        ({"kitchen": {"statistics": {"state": {"gripper": "min"}}}}, "state 'gripper' is str"),
+        (MERGED | {"kitchen_variants": None}, "'kitchen_variants' is NoneType"),
+        (MERGED | {"kitchen_variants": ["cup"]}, "'kitchen_variants' is list"),
+        (MERGED | {"kitchen_variants": {"cup": "statistics"}}, "variant 'cup' is str"),
+        ({"kitchen_variants": {"cup": {}}}, "'statistics' is NoneType"),
+    ],
+)
+def test_what_should_be_a_table_and_is_none_is_named(tmp_path, document, says):
+    folder = write(tmp_path, document)
+    with pytest.raises(MetadataError, match=f"{says}, not a table: copy the file again"):
+        load_statistics(folder, "kitchen", "auto")
+    with pytest.raises(MetadataError):
+        load_statistics(folder, "kitchen", "task")
+
+
+@pytest.mark.parametrize("variant", [None, "merged", "auto"])
+def test_an_old_file_may_call_a_variant_merged(tmp_path, variant):
+    got = load_statistics(write(tmp_path, {"kitchen": {"merged": entry(3)}}), "kitchen", variant)
+    assert (got.variant, got.state["gripper"]["min"]) == ("merged", 3)
+
+
 def test_broken_json_is_named(tmp_path):
     (tmp_path / "kitchen_metadata.json").write_text('{"kitchen": ')
     with pytest.raises(MetadataError, match="no readable JSON"):

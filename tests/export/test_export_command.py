@@ -173,6 +173,15 @@ def test_bad_checkpoint(checkpoint: Path, tmp_path: Path, name: str, capsys: pyt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("option", "value"), [("--steps", "0"), ("--refinements", "-1")])
+def test_too_few_are_refused(
+    checkpoint: Path, tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(checkpoint, tmp_path / "out", option, value) == 1
+    assert f"is {value}: give at least" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_digest_follows_every_file_that_matters(checkpoint: Path) -> None:
     first = digest_checkpoint(checkpoint)
     (checkpoint / "README.md").write_text("notes")
@@ -197,6 +206,12 @@ def test_wrong_usage(arguments: Sequence[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+
+
+def test_help_names_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "gate's cost is taken (default: expectation)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_unknown_robot(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def test_pytorch_reproduces_every_case(golden: Path, capsys: pytest.CaptureFixtu
     assert main(["--cases", str(golden), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"]
-    assert len(report["cases"]) == 4
+    assert [case["embodiment"] for case in report["cases"]] == ["libero"] * 4
     assert all(0 < case["action_pred"] <= 1e-5 for case in report["cases"])
 
 
@@ -44,7 +44,8 @@ def test_bundles_reproduce_every_case(golden: Path, golden_bundles: Path, capsys
     assert main(["--cases", str(golden), "--backend", "onnx", "--bundles", str(golden_bundles)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
-    assert all(line.endswith("yes") for line in lines[1:5])
+    assert lines[0].split()[:2] == ["case", "robot"]
+    assert all(line.split()[1] == "libero" and line.endswith("yes") for line in lines[1:5])
     assert lines[5] == "4 cases, all within"
 
 
@@ -119,6 +120,16 @@ def test_a_wrong_recording_is_exit_1(golden: Path, golden_bundles: Path, tmp_pat
 def test_no_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cases", str(tmp_path)]) == 1
     assert "give a folder of recorded cases" in capsys.readouterr().err
+    for manifest in ("[]", "{}"):
+        (tmp_path / "manifest.json").write_text(manifest)
+        assert main(["--cases", str(tmp_path)]) == 1
+        assert "is no list of cases" in capsys.readouterr().err
+
+
+def test_help_names_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "what answers (default: torch)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--cases"], ["--cases", "x", "--backend", "tensorrt"], ["--rope", "fp64"]])

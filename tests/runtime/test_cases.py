@@ -19,6 +19,10 @@ def copied(golden: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(golden, tmp_path / "cases", ignore=shutil.ignore_patterns("checkpoint", "unit_*")))
 
 
+def describe(path: Path, **changed: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
 class Echo:
     """Answers a case with its own recorded actions, and remembers what it was asked."""
 
@@ -86,12 +90,11 @@ def test_no_folder(tmp_path: Path) -> None:
         load_cases(tmp_path)
 
 
-@pytest.mark.parametrize("manifest", ["{", "{}", "[1]", '[{"file": "x.npz"}]'])
+@pytest.mark.parametrize(
+    "manifest", ["{", "{}", "[]", "null", "[1]", '[{"file": "x.npz"}]', '[{"file": 1, "checkpoint": "c"}]']
+)
 def test_bad_manifest(copied: Path, manifest: str) -> None:
     (copied / "manifest.json").write_text(manifest)
-    if manifest == "{}":
-        assert load_cases(copied) == []
-        return
     with pytest.raises(CaseError, match="manifest"):
         load_cases(copied)
 
@@ -111,6 +114,56 @@ def test_missing_description(copied: Path, field: str) -> None:
     del description[field]
     path.write_text(json.dumps(description))
     with pytest.raises(CaseError, match=field):
+        load_cases(copied)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_inference_timesteps", "four"),
+        ("mpg_lambda", None),
+        ("mpg_refinement_iters", "1"),
+        ("mpg_gate_temperature", float("nan")),
+        ("inference_delay", "x"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_named(copied: Path, field: str, value: object) -> None:
+    describe(copied / "ckpt_a2/case_02_mpg1.json", **{field: value})
+    with pytest.raises(CaseError, match=f"ckpt_a2/case_02_mpg1: '{field}' is .*record the case again"):
+        load_cases(copied)
+
+
+def test_an_override_that_is_no_number_is_named(copied: Path) -> None:
+    describe(copied / "ckpt_a2/case_02_mpg1.json", overrides={"mpg_lambda": "x"})
+    with pytest.raises(CaseError, match=r"ckpt_a2/case_02_mpg1: 'mpg_lambda' is 'x'"):
+        load_cases(copied)
+
+
+def test_a_broken_description_is_not_said_to_be_absent(copied: Path) -> None:
+    path = copied / "ckpt_a1/case_01_plain.json"
+    path.write_text("{")
+    with pytest.raises(CaseError, match=r"case_01_plain\.json is no readable JSON"):
+        load_cases(copied)
+    path.unlink()
+    with pytest.raises(CaseError, match=r"there is no .*case_01_plain\.json: every case needs one"):
+        load_cases(copied)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15])
+@pytest.mark.parametrize("name", ["out/action_pred", "out/action.eef_position"])
+def test_an_answer_of_other_rows_is_refused(copied: Path, name: str, rows: int) -> None:
+    path = copied / "ckpt_a1/case_01_plain.npz"
+    arrays = dict(np.load(path))
+    cut = arrays[name][:rows] if name == "out/action_pred" else arrays[name][:, :rows]
+    np.savez(path, **{**arrays, name: cut})
+    with pytest.raises(CaseError, match=f"ckpt_a1/case_01_plain: '{name}' is .* not 16 rows"):
+        load_cases(copied)
+
+
+def test_an_action_the_robot_lacks_is_refused(copied: Path) -> None:
+    path = copied / "ckpt_a1/case_01_plain.npz"
+    np.savez(path, **dict(np.load(path)), **{"out/action.bogus": np.zeros((1, 16, 1), np.float32)})
+    with pytest.raises(CaseError, match=r"ckpt_a1/case_01_plain: 'out/action\.bogus' is no action of libero"):
         load_cases(copied)
 
 

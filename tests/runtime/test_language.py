@@ -137,6 +137,15 @@ def test_bad_observations_and_instructions_give_no_inputs(tmp_path):
         language.inputs(seen, "lift<|im_end|>")
 
 
+@pytest.mark.parametrize("value", [1e300, -1e39])
+def test_a_state_too_large_for_the_network_is_named(value):
+    language = PolicyLanguage.from_folder(CHECKPOINT, embodiment="libero")
+    state = {key.name: np.zeros(key.size) for key in language.embodiment.state}
+    assert np.isfinite(language.unify_state(state)).all()
+    with pytest.raises(BadState, match="state 'eef_position' overflows float32"):
+        language.unify_state(state | {"eef_position": np.array([0.0, value, 0.0])})
+
+
 def test_state_and_views_reach_their_places(tmp_path):
     language = so101(tmp_path / "c")
     inputs = language.inputs(so101_observation(), "lift")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onbeat.runtime.prompt import (
+    MOST_CHARACTERS,
     PARTS,
     SPECIAL_TOKENS,
     InstructionError,
@@ -46,6 +47,20 @@ def test_what_only_looks_like_a_special_token_passes():
 def test_an_instruction_that_is_no_text_is_refused():
     with pytest.raises(InstructionError, match="not valid Unicode"):
         prompt("lift \udc80")
+    with pytest.raises(InstructionError, match="is NoneType, not text: say what"):
+        prompt(None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", "\t\n"])
+def test_an_instruction_that_says_nothing_is_refused(nothing):
+    with pytest.raises(InstructionError, match="is empty: say what"):
+        prompt(nothing)
+
+
+def test_an_instruction_that_is_too_long_is_refused_with_its_figures():
+    assert len(prompt("a" * MOST_CHARACTERS).token_ids) > 20
+    with pytest.raises(InstructionError, match="has 2001 characters: give at most 2000"):
+        prompt("a" * (MOST_CHARACTERS + 1))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Noise and directions are inputs, so any run can be replayed bit for bit.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -103,9 +104,7 @@ def choose_sampler(
     The gate is on iff use_mpg, the checkpoint has its modules, lambda > 0 and refinements > 0. Raises OverrideError.
     """
     values = dict(overrides or {})
-    unknown = sorted(values.keys() - set(OVERRIDES))
-    if unknown:
-        raise OverrideError(f"unknown sampler override {unknown[0]!r}: give one of {', '.join(OVERRIDES)}")
+    _check_overrides(values)
     gate = _override_gate(config.gate, values)
     steps = int(values.get("num_inference_timesteps", config.flow_steps))
     if steps < 1:
@@ -114,6 +113,15 @@ def choose_sampler(
         return SamplerSpec(steps, 1, "off", 0.0, 1.0, 0)
     mode, count = ("directions", gate.directions) if directions else ("expectation", 0)
     return SamplerSpec(steps, 1 + gate.refinements, mode, gate.strength, gate.temperature, count)
+
+
+def _check_overrides(values: Mapping[str, object]) -> None:
+    unknown = sorted(values.keys() - set(OVERRIDES))
+    if unknown:
+        raise OverrideError(f"unknown sampler override {unknown[0]!r}: give one of {', '.join(OVERRIDES)}")
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise OverrideError(f"{name} is {value!r}: give a number")
 
 
 def _override_gate(gate: GateConfig, values: Mapping[str, bool | int | float]) -> GateConfig:
@@ -127,6 +135,8 @@ def _override_gate(gate: GateConfig, values: Mapping[str, bool | int | float]) -
     )
     if changed.temperature <= 0 or changed.directions < 1:
         raise OverrideError("mpg_gate_temperature and mpg_num_projections must be positive: correct the override")
+    if values.get("mpg_refinement_iters", 0) < 0:
+        raise OverrideError(f"mpg_refinement_iters is {changed.refinements}: give at least 0, which is no gate")
     return changed
 
 
