@@ -26,7 +26,8 @@ AREAS: Final = ("embodiment", "kernels", "drivers", "calibration", "runtime")
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile at the first call, for the types of its arguments; the calling thread lets go of the interpreter."""
-    dispatcher: Any = njit(cache=True, nogil=True, _nrt=False)(function)
+    options: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False}
+    dispatcher: Any = njit(**options)(function)
     cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if cache_file is not None and STAMP:
         cache_file._source_stamp = STAMP  # to be deleted when numba itself follows what a function calls

@@ -110,6 +110,8 @@ def record_ticks(robot: Robot, actuators: Actuators, rate_hz: int, seconds: floa
 
     thread = threading.Thread(target=work)
     thread.start()
+    while thread.is_alive() and loop.status.ticks == 0:
+        time.sleep(0.01)
     ends_s = time.monotonic() + seconds
     while time.monotonic() < ends_s and thread.is_alive():
         feed(state, robot)

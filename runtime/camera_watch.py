@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onbeat.drivers.interfaces import Camera, Frame
 from onbeat.runtime.faults import Fault
+from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.safety import Safety, set_condition
 
 WATCH_PERIOD_S = 0.05
@@ -30,7 +31,7 @@ class View:
     faults: set[Fault] = field(default_factory=set)
 
     def take(self, frame: Frame, now_ns: int, position_rad: NDArray[np.float64]) -> None:
-        """Judge a frame that is not the last one. position_rad: (J,), now."""
+        """Judge a frame that is not the last one. position_rad: (J,), when it was captured."""
         before, check = self.frame, zlib.crc32(np.ascontiguousarray(frame.rgb).data)
         if check != self.check or self.still_since is None:
             self.still_since = position_rad.copy()
@@ -52,15 +53,17 @@ def _has_wrong_clock(frame: Frame, before: Frame | None, now_ns: int) -> bool:
 class CameraWatch:
     """Tells the machine of a run what the cameras of that run are worth. One thread calls `look`."""
 
-    def __init__(self, cameras: Sequence[Camera], safety: Safety) -> None:
-        self._cameras, self._safety = cameras, safety
+    def __init__(self, cameras: Sequence[Camera], history: StateHistory, safety: Safety) -> None:
+        """history: of the joints, for the arm must have moved between two frames that are the same."""
+        self._cameras, self._history, self._safety = cameras, history, safety
         self._views = [View() for _ in cameras]
 
-    def look(self, now_ns: int, position_rad: NDArray[np.float64]) -> None:
-        """Judge what has come since the last look. now_ns: monotonic. position_rad: (J,), of the arm."""
+    def look(self, now_ns: int) -> None:
+        """Judge what has come since the last look. now_ns: monotonic."""
         for camera, view in zip(self._cameras, self._views, strict=True):
             frame = camera.latest()
-            if frame is not None and frame is not view.frame:
+            position_rad = None if frame is None else self._history.at(frame.t_capture_ns)
+            if frame is not None and position_rad is not None and frame is not view.frame:
                 view.take(frame, now_ns, position_rad)
         for fault in (Fault.CAMERA_CLOCK, Fault.CAMERA_FROZEN, Fault.CAMERA_BLANK):
             set_condition(self._safety, fault, any(fault in view.faults for view in self._views))

@@ -149,7 +149,7 @@ class Session:
         self.chunks = ChunkLog(int(self.seconds * MOST_CHUNKS_PER_S) + 1, rows, joints)
         progress = None if self.guard is None else self.guard.words[:PROGRESS_WORDS]
         self.loop = ControlLoop(state, self.bus, history=history, progress=progress)
-        self.watch = CameraWatch(self.cameras, state.safety)
+        self.watch = CameraWatch(self.cameras, history, state.safety)
         chunker = Chunker(self.policy, robot, state.timeline, self.mode, self.allow_untrained_prefix)
         self.scheduler = Scheduler(
             chunker,
@@ -180,14 +180,18 @@ class Session:
 
     def _end_arm(self) -> None:
         """What the robot file says; a bus that does not obey is left to the guardian, which goes on asking."""
-        is_limp = self.state.safety.level[0] >= Level.LIMP
         try:
-            end_arm(self.bus, self.robot, RELAX if is_limp else self.robot.config.on_exit)
+            end_arm(self.bus, self.robot, RELAX if self._is_limp() else self.robot.config.on_exit)
         except BusError as error:
             self.failure.keep(error)
         else:
             if self.guard is not None:
                 self.guard.release()
+
+    def _is_limp(self) -> bool:
+        """Whether what ended the run is a servo that must not go on holding, whatever the robot file says."""
+        fault = int(self.state.safety.ended_by[0])
+        return fault != NO_FAULT and Level.LIMP in (ROW[Fault(fault)].reaction, ROW[Fault(fault)].then)
 
     def _name_fault(self) -> None:
         fault = int(self.state.safety.ended_by[0])
@@ -228,7 +232,7 @@ class Session:
             pass
         ends_s, next_status_s = time.monotonic() + self.seconds, 0.0
         while not self.stop.wait(min(WATCH_PERIOD_S, max(0.0, ends_s - time.monotonic()))):
-            self.watch.look(time.monotonic_ns(), self.state.measured_q.copy())
+            self.watch.look(time.monotonic_ns())
             if time.monotonic() >= next_status_s:
                 next_status_s = time.monotonic() + STATUS_PERIOD_S
                 self._look_around()

@@ -299,7 +299,7 @@ TABLE: tuple[Row, ...] = (
         "tick: status byte",
         1,
         Level.HOLD,
-        "at rest before the torque goes",
+        "torque goes once the arm rests",
         then=Level.LIMP,
         then_after_s=0.5,
         ends_run=True,

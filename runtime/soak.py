@@ -42,6 +42,7 @@ TIMES = 5  # that every row has to fire
 SETTLE_S = 1.5  # of a long run before its first fault
 LEG_END_S = 30.0
 COMPILE_S = 300.0  # before the first tick, where nothing was compiled yet
+OVER_S = 0.2  # for the twin to take note
 LONG = ("faults", "control")
 MEMORY_SLACK_MB = 4.0
 SAMPLE_S = 0.5
@@ -69,7 +70,7 @@ SEAM_LANE = (
     Kind(Fault.INSTRUCTION_CHANGED, "seam", "instruct", 0.0, 0.4),
     Kind(Fault.DELAY_OVER_BUDGET, "seam", "slow_policy", 0.0, 2.0),
     Kind(Fault.PERCEPTION_SHIFT, "seam", "low_gate", 0.7, 1.2),
-    Kind(Fault.WORKSPACE, "seam", "dive", 1.0, 1.4),
+    Kind(Fault.WORKSPACE, "seam", "dive", 3.0, 3.4),
     Kind(Fault.COMMAND_REFUSED, "seam", "refuse", 0.0, 0.4),
 )
 WIRE_LANE = (
@@ -92,9 +93,9 @@ ENDINGS = (
     Kind(Fault.DISK_FULL, "seam", "fill_disk", 9.0, 0.5),
     Kind(Fault.STOP_REQUESTED, "process", "terminate", 0.0, 0.5),
     Kind(Fault.GUARDIAN_LOST, "process", "kill_guardian", 0.0, 0.5),
-    Kind(Fault.SERVO_OVERLOAD, "wire", "overload", 0.1, 0.5),
-    Kind(Fault.SERVO_OVERHEAT, "wire", "overheat", 0.1, 0.5),
-    Kind(Fault.SERVO_SENSOR, "wire", "sensor", 0.1, 0.5),
+    Kind(Fault.SERVO_OVERLOAD, "wire", "overload", 0.3, 0.5),
+    Kind(Fault.SERVO_OVERHEAT, "wire", "overheat", 0.3, 0.5),
+    Kind(Fault.SERVO_SENSOR, "wire", "sensor", 0.3, 0.5),
     Kind(Fault.BUS_DEAD, "wire", "silence", 1.2, 0.5),
     Kind(Fault.PORT_LOST, "wire", "unplugged", 1.2, 0.5),
     Kind(Fault.RUNTIME_DEAD, "process", "kill", 0.0, 0.5),
@@ -170,6 +171,7 @@ class Runner:
                 process.kill()
                 raise SoakFailed(f"leg {leg.name} did not end: read {self._log}")
         told.until_ns = time.monotonic_ns()
+        wait_until_over(dues, told.moving_ns)
         if not told.ended and leg.name in LONG:
             raise SoakFailed(f"the process of leg {leg.name} is gone ({told.guardian}): read {self._log}")
         return told
@@ -227,6 +229,12 @@ class Runner:
 
 class SoakFailed(OnbeatError):
     """A soak could not be carried out."""
+
+
+def wait_until_over(dues: Sequence[Due], moving_ns: int) -> None:
+    """Until no fault of a leg is shown any more: a session does not start on servos that report one."""
+    over_s = max((due.at_s + due.kind.lasts_s for due in dues if due.kind.where == "wire"), default=0.0) + OVER_S
+    time.sleep(max(0.0, moving_ns * 1e-9 + over_s - time.monotonic()))
 
 
 def follow(process: "subprocess.Popen[str]", events: "queue.Queue[dict[str, Any] | None]") -> None:
@@ -425,7 +433,7 @@ def ending_problems(story: Story, wire: Wire) -> Iterator[str]:
         name = kind.fault.name
         ended_by = told.guardian.get("fault") if kind.fault in GUARDIANS else told.ended.get("ended_by")
         if ended_by != name:
-            yield f"{name}: ended by {ended_by}"
+            yield f"{name}: ended by {ended_by} ({told.ended.get('error')})"
         if kind.fault in LETS_GO and not wire.has_let_go(told):
             yield f"{name}: the arm was not let go"
 

@@ -49,6 +49,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "while dt * h * (whole_steps + 1) * (whole_steps + 2) / 2 <= gap:",
         "while dt * h * (whole_steps + 1) * (whole_steps + 2) / 2 < gap:",
     ): "at equality both counts of steps give the same speed",
+    **{
+        (
+            "return (BEFORE_FIRST_ROW if row < 0 else length, 0.0)",
+            f"return (BEFORE_FIRST_ROW if row {now} else length, 0.0)",
+        ): "row 0 is before the end of every chunk, so it never comes here"
+        for now in ("<= 0", "< 1")
+    },
+    ("oldest = newest = 0", "oldest = newest = 1"): "where the search begins",
+    ("SLOTS = 4", "SLOTS = 5"): "a size that was chosen, and no rule",
+    ("LOOKS = 8", "LOOKS = 9"): "a size that was chosen, and no rule",
     ("if gap <= 0.0:", "if gap < 0.0:"): "the formula gives 0 for a gap of 0 too",
 }
 

@@ -92,7 +92,6 @@ class FaultyFarEnd:
     def feed(self, data: bytes, now_ns: int = 0) -> Answer:
         """What the bank answers, spoilt on its way."""
         present = self._injector.look(now_ns)
-        self._mark_servos(present)
         answer = self._bank.feed(data, now_ns)
         if not answer.data:
             return answer
@@ -105,7 +104,9 @@ class FaultyFarEnd:
             return Answer(answer.data[:-1] + bytes((answer.data[-1] ^ 0x55,)), answer.wire_ns)
         return answer
 
-    def _mark_servos(self, present: dict[str, Injection]) -> None:
+    def mark_servos(self, now_ns: int) -> None:
+        """Have the servos' registers show what the injector says of them, from the next step of the world on."""
+        present = self._injector.look(now_ns)
         for j, servo in enumerate(self._bank.servos):
             mine = {kind for kind, injection in present.items() if injection.joint == j}
             servo.injected = Status(sum(bit for kind, bit in STATUS_KINDS.items() if kind in mine))

@@ -81,7 +81,8 @@ def judge_run(steps: NDArray[np.int64], limits: WireLimits) -> Violations:
 def _count(q: NDArray[np.float64], order: int, stride: int, bound: NDArray[np.float64], period_s: float) -> int:
     """Differences of that order over a stride that no motion inside the bound explains.
 
-    Each goal is off by half a step at most. A difference of order k has binomial weights that sum to 2**k, so rounding adds at most 2**(k - 1) steps.
+    Each goal is off by half a step at most. A difference of order k has binomial weights that sum to 2**k, so rounding
+    adds at most 2**(k - 1) steps.
     """
     difference = q
     for _ in range(order):

@@ -63,7 +63,8 @@ class Twin:
         self.recorder = Recorder(settings.run_dir)
         self.bank = ServoBank(range(1, joints + 1), self._note_goals)
         self.injector = Injector(settings.run_dir)
-        self.line = ServoLine(FaultyFarEnd(self.bank, self.injector), paced=settings.is_paced)
+        self.far_end = FaultyFarEnd(self.bank, self.injector)
+        self.line = ServoLine(self.far_end, paced=settings.is_paced)
         self._link_port()
         self.referee = Referee(round(settings.attempt_timeout_s * 1e9))
         self.snapshots = RingWriter(f"{ring_prefix()}-world", self.world.qpos_snapshot().nbytes)
@@ -122,6 +123,7 @@ class Twin:
             servo.put("torque_enable", 1)
 
     def _advance(self) -> None:
+        self.far_end.mark_servos(time.monotonic_ns())
         self.bank.advance(PHYSICS_NS, self._goal_rad)
         held = self.bank.holding()
         if not np.array_equal(held, self._held):

@@ -16,6 +16,8 @@ from onbeat.kernels.limit import (
     braking_distance,
     limit,
     limit_reference,
+    smooth,
+    smooth_reference,
 )
 
 DT = 0.01
@@ -191,3 +193,14 @@ def test_the_braking_distance_is_that_of_the_steps_as_far_as_they_go(v: float, h
 @given(gap=st.floats(0, 2), h=st.floats(0.005, 1), dt=st.floats(1e-3, 0.1))
 def test_counting_braking_steps_is_the_closed_form(gap: float, h: float, dt: float):
     assert approach_speed(gap, h, dt) == pytest.approx(approach_speed_reference(gap, h, dt), rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), joints=st.integers(1, 4), size=st.integers(1, 12))
+def test_smoothing_on_a_ring_is_the_mean_of_the_last_steps(seed: int, joints: int, size: int):
+    rng = np.random.default_rng(seed)
+    path, newest = rng.normal(size=(size, joints)), int(rng.integers(size))
+    ticks, out = rng.integers(1, size + 1, joints), np.empty(joints)
+    smooth(path, newest, ticks, out)
+    in_order = np.roll(path, size - 1 - newest, axis=0)
+    np.testing.assert_allclose(out, smooth_reference(in_order, ticks), atol=1e-12)

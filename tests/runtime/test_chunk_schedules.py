@@ -5,12 +5,17 @@ targets, come from old or future observations, two at once or in bursts, and a p
 anew. What is judged is position, speed, acceleration and jerk by differences of the commands, nothing the code says.
 """
 
+import hashlib
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numba import njit
 
+from onbeat.kernels.compiled import STAMP
 from onbeat.runtime.tick import JointLimits, TickState, new_tick_state, tick
 from onbeat.runtime.timeline import EMPTY, NEVER, REFUSALS, commit_chunk
 
@@ -118,7 +123,15 @@ def judge(commands, q_min, q_max, dt):
     return worst
 
 
-@njit
+def kept(function: Callable[..., int]) -> Any:
+    """Compiled and kept on disk until this file or anything compiled that it calls changes."""
+    dispatcher: Any = njit(cache=True)(function)
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    dispatcher._cache._cache_file._source_stamp = STAMP + own
+    return dispatcher
+
+
+@kept
 def run_schedules(state, seed, count, counts, worst):
     """Run `count` schedules; `worst` (4, J) collects what `judge` says. Returns the schedules that moved."""
     np.random.seed(seed)

@@ -122,8 +122,11 @@ class TestLevels:
 class TestLastCheck:
     @pytest.mark.parametrize(
         ("field", "bad"),
-        [("path_q", np.nan), ("path_q", np.inf), ("path_q", 50.0), ("path_v", np.inf), ("path_v", -50.0)]
-        + [("path", np.nan), ("path", -np.inf), ("path", 50.0)],
+        [
+            *(("path_q", bad) for bad in (np.nan, np.inf, 50.0)),
+            *(("path_v", bad) for bad in (np.inf, -50.0)),
+            *(("path", bad) for bad in (np.nan, -np.inf, 50.0)),
+        ],
     )
     def test_a_spoilt_path_brakes_from_the_last_command(self, field: str, bad: float):
         drive = Drive()

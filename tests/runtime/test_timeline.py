@@ -63,6 +63,24 @@ class TestBadInput:
         assert refusals(timeline)["expired"] == 1
         assert target_at(timeline, 9 * PERIOD_NS) == 1.0
 
+    def test_an_empty_slot_is_minus_one_as_recorded_ticks_say_it(self, timeline: Timeline):
+        assert committed_target(timeline, 0, np.zeros(1))[0] == EMPTY == -1
+
+    def test_two_slots_are_enough_for_one_chunk_after_the_other(self):
+        timeline = new_timeline(16, 1, slots=2)
+        for k in range(5):
+            assert put(timeline, float(k), t0_ns=k * PERIOD_NS, now_ns=k * PERIOD_NS) >= 0
+        assert target_at(timeline, 8 * PERIOD_NS) == 4.0
+
+    def test_a_chunk_whose_last_row_is_the_next_to_come_has_none_of_its_own(self, timeline: Timeline):
+        put(timeline, 1.0, t0_ns=0, now_ns=0, rows=16)
+        assert put(timeline, 2.0, t0_ns=0, now_ns=7 * PERIOD_NS) == EXPIRED
+        assert put(timeline, 2.0, t0_ns=0, now_ns=6 * PERIOD_NS) == 7
+
+    def test_a_chunk_without_rows_is_a_programmers_error(self, timeline: Timeline):
+        with pytest.raises(AssertionError):
+            publish(timeline, np.zeros((0, 1)), t0_ns=0, period_ns=PERIOD_NS, now_ns=0)
+
     def test_more_rows_than_a_slot_holds_is_a_programmers_error(self, timeline: Timeline):
         with pytest.raises(AssertionError):
             put(timeline, 1.0, t0_ns=0, now_ns=0, rows=17)
@@ -148,6 +166,11 @@ class TestSeam:
         put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
         assert put(timeline, 1.0, t0_ns=0, now_ns=50_000_000, blend_rows=3) == 2
         assert [target_at(timeline, k * PERIOD_NS) for k in range(7)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+
+    def test_a_chunk_that_comes_at_once_is_blended_from_its_second_row(self, timeline: Timeline):
+        put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
+        assert put(timeline, 1.0, t0_ns=PERIOD_NS, now_ns=PERIOD_NS, blend_rows=1) == 1
+        assert [target_at(timeline, k * PERIOD_NS) for k in (1, 2, 3)] == [0.0, 0.5, 1.0]
 
     def test_a_chunk_that_comes_within_its_lock_is_not_blended(self, timeline: Timeline):
         put(timeline, 0.0, t0_ns=0, now_ns=0, rows=16)
