@@ -73,7 +73,7 @@ def test_outside_it_may_only_come_in():
     workspace = box()
     below = np.array([0.0, 0.9, 0.6, 0.8, 0.0, 0.0])
     assert excess_m(below, workspace) > 0
-    up, down = below - [0, 0.002, 0, 0, 0, 0], below + [0, 0.002, 0, 0, 0, 0]
+    up, down = below - [0, 0.002, 0, 0, 0, 0], [*below, 0, 0.002, 0, 0, 0, 0]
     assert not leaves(below, up, np.zeros(6), A_MAX, 0.01, workspace)
     assert leaves(below, down, np.zeros(6), A_MAX, 0.01, workspace)
 
@@ -82,8 +82,8 @@ def test_speed_counts_as_the_way_that_braking_takes():
     """The same step, inside by itself, is refused at a speed from which the arm comes to rest outside."""
     workspace = box()
     q = np.array([0.0, 0.0, 0.6, 0.8, 0.0, 0.0])
-    while excess_m(q + [0, 0.1, 0, 0, 0, 0], workspace) < 0:
-        q = q + [0, 0.01, 0, 0, 0, 0]
+    while excess_m([*q, 0, 0.1, 0, 0, 0, 0], workspace) < 0:
+        q = [*q, 0, 0.01, 0, 0, 0, 0]
     assert not leaves(q, q, np.zeros(6), A_MAX, 0.01, workspace)
     assert leaves(q, q, np.array([0, 3.0, 0, 0, 0, 0]), A_MAX, 0.01, workspace)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from onbeat.drivers.feetech.errors import NoReply, PortLost, ServoOverload
+from onbeat.drivers.feetech.errors import NoReply, PortLost
 from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import JointState
 from onbeat.runtime.loop import SILENCE_NS, ControlLoop, LoopFault, compile_ahead, next_deadline
