@@ -148,8 +148,9 @@ def _timeline(_: Report, run: RunRecords) -> str:
         title="which rows of which chunk were executed when",
     )
     words = (
-        f"{TIMELINE_S:.0f} s from the middle of the run. Row 0 of a chunk is due at its observation (in mode sync, when "
-        "it comes). When a chunk is published, what is past is skipped, and from its first own row on it replaces the chunk before."
+        f"{TIMELINE_S:.0f} s from the middle of the run. Row 0 of a chunk is due at its observation (in mode sync, "
+        "when it comes). When a chunk is published, what is past is skipped, and from its first own row on it replaces "
+        "the chunk before."
     )
     return _section(
         "Chunk timeline: observation to command", words, chart.legend(ROWS), f'<div class="wide">{drawing}</div>'
