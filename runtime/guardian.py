@@ -277,8 +277,9 @@ def prepare() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Guard one runtime. Exit code 0: nothing was to be done, or it was done; 1: the arm could not be reached."""
     (text,) = sys.argv[1:] if argv is None else argv
-    values = json.loads(text)
-    config = GuardianConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values: dict[str, Any] = json.loads(text)
+    tuples = {name: tuple(values[name]) for name in ("servo_ids", "park_steps")}
+    config = GuardianConfig(**{**values, **tuples})
     prepare()
     heartbeat, runtime = Heartbeat(Path(config.heartbeat)), Runtime(config.runtime_pid)
     heartbeat.set_watched()
