@@ -32,8 +32,7 @@ class Camera(Protocol):
 class JointState:
     """What one exchange read, J joints in the order of `Actuators.joints`. Buffers are reused: copy to keep.
 
-    t_ns: monotonic clock, middle of the exchange. position_rad, velocity_rad_s, load: (J,) float64; load is -1..1 of
-    stall.
+    t_ns: monotonic clock, mid-exchange. position_rad, velocity_rad_s, load: (J,) float64, load -1..1 (stall).
     """
 
     t_ns: int
@@ -48,7 +47,7 @@ class Actuators(Protocol):
     joints: tuple[str, ...]
 
     def read(self, into: JointState) -> None:
-        """Fill `into` with the present state. Raises the driver's BusError on a fault of the wire."""
+        """Fill `into` with the state. Raises a BusError of `onbeat.drivers.feetech`, or the like, on a fault."""
         ...
 
     def write(self, goal_rad: NDArray[np.float64]) -> None:

@@ -278,8 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Guard one runtime. Exit code 0: nothing was to be done, or it was done; 1: the arm could not be reached."""
     (text,) = sys.argv[1:] if argv is None else argv
     values: dict[str, Any] = json.loads(text)
-    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    config = GuardianConfig(**settings)
+    tuples = {name: tuple(values[name]) for name in ("servo_ids", "park_steps")}
+    config = GuardianConfig(**{**values, **tuples})
     prepare()
     heartbeat, runtime = Heartbeat(Path(config.heartbeat)), Runtime(config.runtime_pid)
     heartbeat.set_watched()

@@ -57,6 +57,15 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         for now in ("<= 0", "< 1")
     },
     ("oldest = newest = 0", "oldest = newest = 1"): "where the search begins",
+    ("NEVER = -2 ** 62", "NEVER = -2 ** 63"): "both are before every time there is",
+    ("store_release(timeline.closed, 0, 1)", "store_release(timeline.closed, 0, 2)"): "anything but 0 is closed",
+    **{
+        (
+            f"if timeline.chunk_id[slot] {was} timeline.chunk_id[{end}]:",
+            f"if timeline.chunk_id[slot] {was}= timeline.chunk_id[{end}]:",
+        ): "only empty slots have the same id"
+        for was, end in (("<", "oldest"), (">", "newest"))
+    },
     ("SLOTS = 4", "SLOTS = 5"): "a size that was chosen, and no rule",
     ("LOOKS = 8", "LOOKS = 9"): "a size that was chosen, and no rule",
     ("if gap <= 0.0:", "if gap < 0.0:"): "the formula gives 0 for a gap of 0 too",

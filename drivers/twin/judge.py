@@ -70,12 +70,12 @@ def count_violations(goals: NDArray[np.void], limits: WireLimits) -> Violations:
 
 def judge_run(steps: NDArray[np.int64], limits: WireLimits) -> Violations:
     """Of goals (G, J) that followed each other, one per period."""
-    q = ((steps - CENTRE_STEP) * RAD_PER_STEP).astype(np.float64)
+    q: NDArray[np.float64] = (steps - CENTRE_STEP) * np.float64(RAD_PER_STEP)
     outside = (q < limits.q_min - RAD_PER_STEP) | (q > limits.q_max + RAD_PER_STEP)
-    counts = [int(outside.any(axis=1).sum())]
+    counts = [int(np.count_nonzero(outside.any(axis=1)))]
     for order, bound in ((1, limits.v_max), (2, limits.a_max), (3, limits.j_max)):
         counts.append(sum(_count(q, order, stride, bound, limits.period_s) for stride in STRIDES))
-    return Violations(*map(int, counts))
+    return Violations(*counts)
 
 
 def _count(q: NDArray[np.float64], order: int, stride: int, bound: NDArray[np.float64], period_s: float) -> int:

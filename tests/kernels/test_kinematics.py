@@ -19,6 +19,7 @@ from onbeat.kernels.limit import braking_distance, braking_steps
 
 LOW, HIGH = np.array([-0.5, -0.5, 0.0]), np.array([0.5, 0.5, 0.6])
 A_MAX = np.full(6, 20.0)
+LIFT = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # the shoulder lift leans the arm forward and down
 angles = st.lists(st.floats(-1.6, 1.6), min_size=6, max_size=6).map(np.array)
 
 
@@ -73,7 +74,7 @@ def test_outside_it_may_only_come_in():
     workspace = box()
     below = np.array([0.0, 0.9, 0.6, 0.8, 0.0, 0.0])
     assert excess_m(below, workspace) > 0
-    up, down = below - [0, 0.002, 0, 0, 0, 0], [*below, 0, 0.002, 0, 0, 0, 0]
+    up, down = below - 0.002 * LIFT, below + 0.002 * LIFT
     assert not leaves(below, up, np.zeros(6), A_MAX, 0.01, workspace)
     assert leaves(below, down, np.zeros(6), A_MAX, 0.01, workspace)
 
@@ -82,10 +83,10 @@ def test_speed_counts_as_the_way_that_braking_takes():
     """The same step, inside by itself, is refused at a speed from which the arm comes to rest outside."""
     workspace = box()
     q = np.array([0.0, 0.0, 0.6, 0.8, 0.0, 0.0])
-    while excess_m([*q, 0, 0.1, 0, 0, 0, 0], workspace) < 0:
-        q = [*q, 0, 0.01, 0, 0, 0, 0]
+    while excess_m(q + 0.1 * LIFT, workspace) < 0:
+        q = q + 0.01 * LIFT
     assert not leaves(q, q, np.zeros(6), A_MAX, 0.01, workspace)
-    assert leaves(q, q, np.array([0, 3.0, 0, 0, 0, 0]), A_MAX, 0.01, workspace)
+    assert leaves(q, q, 3.0 * LIFT, A_MAX, 0.01, workspace)
 
 
 @settings(max_examples=200, deadline=None)

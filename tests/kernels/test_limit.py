@@ -18,6 +18,7 @@ from onbeat.kernels.limit import (
     limit_reference,
     smooth,
     smooth_reference,
+    smoothing_ticks,
 )
 
 DT = 0.01
@@ -204,3 +205,8 @@ def test_smoothing_on_a_ring_is_the_mean_of_the_last_steps(seed: int, joints: in
     smooth(path, newest, ticks, out)
     in_order = np.roll(path, size - 1 - newest, axis=0)
     np.testing.assert_allclose(out, smooth_reference(in_order, ticks), atol=1e-12)
+
+
+def test_a_path_is_averaged_over_as_many_steps_as_the_jerk_asks_for():
+    a_max, j_max = np.full(4, 20.0), np.array([np.inf, 4000.0, 3999.0, 400.0])
+    assert smoothing_ticks(a_max, j_max, DT).tolist() == [1, 1, 2, 10]

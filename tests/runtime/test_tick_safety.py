@@ -1,4 +1,4 @@
-"""What a tick does about faults, judged from outside by the commands; jerk and workspace are limits too."""
+"""What a tick does about faults, judged from outside by the commands; jerk and workspace are limits as the others."""
 
 import numpy as np
 import pytest

@@ -23,6 +23,7 @@ from onbeat.runtime.timeline import (
     commit_chunk,
     committed_target,
     find_slot,
+    is_pending,
     new_timeline,
     publish,
     refusals,
@@ -80,6 +81,19 @@ class TestBadInput:
     def test_a_chunk_without_rows_is_a_programmers_error(self, timeline: Timeline):
         with pytest.raises(AssertionError):
             publish(timeline, np.zeros((0, 1)), t0_ns=0, period_ns=PERIOD_NS, now_ns=0)
+
+    def test_one_row_is_a_chunk(self, timeline: Timeline):
+        assert put(timeline, 1.0, t0_ns=0, now_ns=0, rows=1) == 0
+        assert target_at(timeline, PERIOD_NS - 1) == 1.0
+
+    def test_a_chunk_is_pending_until_its_seam_has_come(self, timeline: Timeline):
+        assert not is_pending(timeline, 0)
+        put(timeline, 1.0, t0_ns=0, now_ns=50_000_000)
+        assert is_pending(timeline, PERIOD_NS - 1)
+        assert not is_pending(timeline, PERIOD_NS)
+        put(timeline, 1.0, t0_ns=0, now_ns=150_000_000)
+        assert is_pending(timeline, 2 * PERIOD_NS - 1)
+        assert not is_pending(timeline, 2 * PERIOD_NS)
 
     def test_more_rows_than_a_slot_holds_is_a_programmers_error(self, timeline: Timeline):
         with pytest.raises(AssertionError):
