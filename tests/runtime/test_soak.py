@@ -83,7 +83,7 @@ def test_memory_is_compared_after_the_start():
     assert memory_figures([300.0, 100.0, 100.0, 100.0, 101.0, 101.0]) == {"early": 100.0, "late": 101.0}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_one_minute(tmp_path: Path):
     """What a shared machine does to the times is no defect; a violated limit is, and a fault that nobody sees."""
