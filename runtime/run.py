@@ -5,6 +5,8 @@ It alone sees both sides: the daemon's status and the twin's truth. It drives no
 
 import argparse
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -81,6 +83,7 @@ def run(options: RunOptions) -> int:
     screen = sys.stderr if options.is_json else sys.stdout
     print(f"{robot.config.name}: limits\n{limits_table(robot)}\n", file=screen)
     folder = new_run_folder(options.out)
+    print("starting; on a new machine the control loop is compiled first, about half a minute", file=screen)
     with interrupts_raise(), devices(robot.config, options, folder) as config:
         failure = supervise(daemon_config(config, options, folder), folder, screen)
     if (folder / RUN_FILE).exists():
@@ -105,8 +108,10 @@ def check(options: RunOptions) -> Robot:
         robot = build_robot(replace(robot.config, port=options.port))
     if not robot.config.is_simulated:
         _check_real(robot.config, options)
-    if options.seconds <= 0:
+    if not 0 < options.seconds < math.inf:
         raise RunRefused(f"--seconds {options.seconds}: give a time above 0")
+    if options.threads < 1:
+        raise RunRefused(f"--threads {options.threads}: give 1 or more")
     bundle = load_bundle(options.bundle)
     choose_mode(bundle.manifest.policy, options.mode, allow_untrained_prefix=options.allow_untrained_prefix)
     language = bundle.open_language(robot.embodiment)
@@ -122,6 +127,22 @@ def _check_real(config: RobotConfig, options: RunOptions) -> None:
         raise RunRefused(f"'{config.name}' is a real arm: give its port with --port (`ls /dev/serial/by-id`)")
     if not options.is_armed:
         raise RunRefused(f"'{config.name}' is a real arm and will move: clear its reach, then add --arm")
+    if not _is_terminal(config.port):
+        raise RunRefused(f"{config.port} is no serial port: choose one of `ls /dev/serial/by-id`")
+
+
+def _is_terminal(port: str) -> bool:
+    """Whether a device that could be a serial port is there; opening it and asking the servos comes later."""
+    try:
+        fd = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    except PermissionError:
+        return True  # the bus driver has the remedy for that
+    except OSError:
+        return False
+    try:
+        return os.isatty(fd)
+    finally:
+        os.close(fd)
 
 
 def _views(robot: Robot) -> Sequence[str]:
@@ -133,7 +154,11 @@ def new_run_folder(out: Path) -> Path:
     name = time.strftime("%Y%m%d-%H%M%S")
     candidates = (out / (name if k == 0 else f"{name}-{k}") for k in range(1000))
     folder = next(path for path in candidates if not path.exists())
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as refusal:
+        why = f"no run folder can be made in {out} ({refusal.strerror})"
+        raise RunRefused(f"{why}: name another with --out") from refusal
     return folder
 
 

@@ -29,7 +29,7 @@ from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.realtime import prepare_real_time
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import RobotError, apply_toml, as_json, from_json, load_robot
-from onbeat.runtime.run import main, parse, start_daemon
+from onbeat.runtime.run import RunRefused, main, new_run_folder, parse, start_daemon
 from onbeat.runtime.tick import new_tick_state
 from onbeat.runtime.timeline import publish
 
@@ -138,7 +138,12 @@ class TestRefusals:
             (["--robot", "so101-twinn"], "did you mean 'so101-twin'"),
             (["--robot", "so101"], "give its port with --port"),
             (["--robot", "so101", "--port", "/dev/null"], "add --arm"),
+            (["--robot", "so101", "--port", "/dev/null", "--arm"], "is no serial port"),
+            (["--robot", "so101", "--port", "/dev/ttyNOPE", "--arm"], "is no serial port"),
             (["--seconds", "0"], "a time above 0"),
+            (["--seconds", "nan"], "a time above 0"),
+            (["--seconds", "inf"], "a time above 0"),
+            (["--threads", "0"], "give 1 or more"),
             (["--bundle", "/nowhere"], "nowhere"),
         ],
     )
@@ -146,6 +151,11 @@ class TestRefusals:
         assert main(["--out", str(tmp_path), *options]) == 1
         assert complaint in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_is_no_folder_for_runs(self, tmp_path: Path):
+        (tmp_path / "file").touch()
+        with pytest.raises(RunRefused, match="name another with --out"):
+            new_run_folder(tmp_path / "file")
 
     def test_wrong_usage_is_code_two(self):
         with pytest.raises(SystemExit, match="2"):
