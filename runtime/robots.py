@@ -75,7 +75,7 @@ class RobotConfig:
     tool_high_m: tuple[float, ...] = ()
     cameras: Mapping[str, str] = field(default_factory=dict)
     max_frame_age_ms: float = 500.0
-    max_load: float = 0.9
+    max_load: float = 0.75  # a servo gives up by itself after 2 s at 0.8
     max_temperature_c: float = 60.0
     slow_factor: float = 0.25
     min_gate: float = 0.0

@@ -74,7 +74,7 @@ class SafetySettings:
     """
 
     max_frame_age_ms: float = 500.0
-    max_load: float = 0.9
+    max_load: float = 0.75
     max_temperature_c: float = 60.0
     slow_factor: float = 0.25
     retry_burst: float = 10.0

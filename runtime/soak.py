@@ -42,6 +42,7 @@ TIMES = 5  # that every row has to fire
 SETTLE_S = 1.5  # of a long run before its first fault
 LEG_END_S = 30.0
 COMPILE_S = 300.0  # before the first tick, where nothing was compiled yet
+CLEAR_OF_THE_TABLE_M = 0.03  # or a dive would press on it until the servos give up, which is another fault
 OVER_S = 0.2  # for the twin to take note
 LONG = ("faults", "control")
 MEMORY_SLACK_MB = 4.0
@@ -172,8 +173,8 @@ class Runner:
                 raise SoakFailed(f"leg {leg.name} did not end: read {self._log}")
         told.until_ns = time.monotonic_ns()
         wait_until_over(dues, told.moving_ns)
-        if not told.ended and leg.name in LONG:
-            raise SoakFailed(f"the process of leg {leg.name} is gone ({told.guardian}): read {self._log}")
+        if leg.name in LONG:
+            check_long(told, self._log)
         return told
 
     def close(self) -> None:
@@ -229,6 +230,16 @@ class Runner:
 
 class SoakFailed(OnbeatError):
     """A soak could not be carried out."""
+
+
+def check_long(told: Told, log: Path) -> None:
+    """Raises SoakFailed for a long run that did not last: its figures would mean nothing."""
+    ended = told.ended
+    if not ended:
+        raise SoakFailed(f"the process of leg {told.leg.name} is gone ({told.guardian}): read {log}")
+    if ended["ended_by"] != Fault.STOP_REQUESTED.name:
+        why = f"{ended['ended_by']} after {ended['ticks']} ticks: {ended['error']}"
+        raise SoakFailed(f"leg {told.leg.name} ended early, by {why}: give the machine to the soak alone")
 
 
 def wait_until_over(dues: Sequence[Due], moving_ns: int) -> None:
@@ -307,7 +318,12 @@ class LegMaker:
 
     def leg(self, name: str, seconds: float, dues: Sequence[Due], on_exit: str = HOLD) -> Leg:
         config = replace(
-            self.robot.config, port=self.twin.port, cameras=self.twin.frames, on_exit=on_exit, min_gate=0.2
+            self.robot.config,
+            port=self.twin.port,
+            cameras=self.twin.frames,
+            on_exit=on_exit,
+            min_gate=0.2,
+            tool_low_m=(*self.robot.config.tool_low_m[:2], CLEAR_OF_THE_TABLE_M),
         )
         acts = tuple(Act(d.kind.kind, d.at_s, d.kind.lasts_s) for d in dues if d.kind.where == "seam")
         return Leg(name, as_json(config), seconds, self.seed, str(self.folder), acts)

@@ -168,7 +168,7 @@ class TestDetectors:
         bench = Bench()
         bench.load[0] = 1.0
         bench.tick(round(LOAD_TIME_S / PERIOD_S) - 1)
-        bench.load[0] = 0.89
+        bench.load[0] = 0.74
         assert bench.tick(200) == Level.OK
         assert onsets(bench.safety)["SERVO_LOAD"] == 0
 
