@@ -107,6 +107,7 @@ OF_THE_MACHINE = (  # what a busy machine does without being asked, and the end
     Fault.CHUNK_LATE,
     Fault.CHUNK_OVERTAKEN,
     Fault.CHUNK_MISSING,
+    Fault.BUS_RETRIES,
     Fault.BUS_SILENT,
     Fault.STOP_REQUESTED,
 )
