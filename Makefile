@@ -51,7 +51,7 @@ bundle: .venv/installed-test
 # torch by itself first: no other package may choose its build.
 .venv/installed-test: setup.py .venv/bin/python
 	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[sim,train,export,dev]'
+	$(BIN)/pip install --quiet -e '.[sim,train,export,view,dev]'
 	touch $@ .venv/installed-run
 
 system:

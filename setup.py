@@ -15,11 +15,13 @@ ROBOT = [
     "pyserial>=3.5",
     "onnxruntime>=1.20",
     "tokenizers>=0.20",
+    "mcap>=1.2",
     "tomli>=2; python_version < '3.11'",
 ]
 EXTRAS = {
     "sim": ["mujoco>=3.3"],
-    "train": ["torch>=2.6", "safetensors>=0.4", "tqdm>=4.66"],
+    "view": ["rerun-sdk>=0.22"],
+    "train": ["torch>=2.6", "safetensors>=0.4", "tqdm>=4.66", "tensorboard>=2.15", "pyarrow>=15", "av>=12"],
     "export": ["torch>=2.6", "safetensors>=0.4", "onnx>=1.17"],
     "realsense": ["pyrealsense2>=2.55"],
     "jetson": ["cuda-python>=12.6", "tensorrt>=10.3"],
@@ -32,6 +34,7 @@ EXTRAS = {
         "scipy>=1.11",
         "feetech-servo-sdk>=1.0",
         "psutil>=5.9",
+        "mcap-ros2-support>=0.5",
         "build>=1",
         "setuptools>=68",
     ],
