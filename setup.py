@@ -19,7 +19,7 @@ ROBOT = [
     "tomli>=2; python_version < '3.11'",
 ]
 EXTRAS = {
-    "sim": ["mujoco>=3.3"],
+    "sim": ["mujoco>=3.3", "scipy>=1.11"],
     "view": ["rerun-sdk>=0.22"],
     "train": ["torch>=2.6", "safetensors>=0.4", "tqdm>=4.66", "tensorboard>=2.15", "pyarrow>=15", "av>=12"],
     "export": ["torch>=2.6", "safetensors>=0.4", "onnx>=1.17"],
@@ -31,7 +31,6 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.6",
         "basedpyright>=1.20",
-        "scipy>=1.11",
         "feetech-servo-sdk>=1.0",
         "psutil>=5.9",
         "mcap-ros2-support>=0.5",

@@ -33,6 +33,7 @@ from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.drivers.twin.client import start_twin
 from onbeat.runtime.bench_load import Load
+from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.link import Link, exchange, link_to
 from onbeat.runtime.loop import ControlLoop, compile_ahead, next_deadline
 from onbeat.runtime.mailbox import StateHistory
@@ -277,7 +278,7 @@ def measure_all(bundle: Path, seconds: float) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0 when it measured, whatever it found."""
-    parser = argparse.ArgumentParser(prog="onbeat bench loop", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="onbeat bench loop", formatter_class=HelpWithDefaults)
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="the policy that infers meanwhile")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each loop, s")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print JSON")

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from onbeat.kernels.limit import limit
 from onbeat.runtime.chunker import Chunker, Plan
+from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.engine import Guidance
 from onbeat.runtime.measures import figure, text_table
 from onbeat.runtime.modes import MODES
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="onbeat bench seam",
         description="Largest steps where chunks meet, per mode, in simulated time, with a model of a policy.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )
     parser.add_argument("--seconds", type=float, default=given.seconds, help="simulated, per mode")
     parser.add_argument("--seed", type=int, default=given.seed, help="of disagreements and delays")

@@ -21,6 +21,7 @@ from onbeat.drivers.interfaces import Actuators
 from onbeat.kernels.clock import monotonic_ns, new_timespec
 from onbeat.kernels.compiled import compiled
 from onbeat.runtime.bench_loop import twin_bus
+from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.measures import figure, text_table
@@ -203,7 +204,7 @@ def as_text(costs: Sequence[Cost]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0 when every step is within its budget at the 99th percentile, else 1."""
-    parser = argparse.ArgumentParser(prog="onbeat bench tick", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="onbeat bench tick", formatter_class=HelpWithDefaults)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each loop, s")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print JSON")
     options = parser.parse_args(argv)

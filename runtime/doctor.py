@@ -221,9 +221,14 @@ def _bundles(bundles: dict[str, Probe]) -> Iterator[Check]:
         yield Check("bundle", OPTIONAL, "none found", "run `onbeat export`, or name a bundle folder")
     for path, probe in bundles.items():
         if probe.error:
-            yield Check("bundle", FAILED, f"{path}: {probe.error}", f"run `onbeat export CHECKPOINT {path} --replace`")
+            found, _, remedy = probe.error.rpartition(": ")  # an error of ours ends with its remedy
+            yield Check("bundle", FAILED, f"{path}: {found or remedy}", remedy if found else _export_remedy(path))
         else:
             yield Check("bundle", OK, f"{path}: {probe.found}")
+
+
+def _export_remedy(path: str) -> str:
+    return f"run `onbeat export CHECKPOINT {path} --replace`"
 
 
 def shipped_bundles() -> list[Path]:

@@ -19,12 +19,13 @@ from typing import Any
 
 from onbeat.runtime.bundle import load_bundle
 from onbeat.runtime.chunker import Policy
+from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.controls import redraw_weights
 from onbeat.runtime.episode import AS_SEEN, BLANK, OTHER, Conditions, Outcome, Scene, run_episode
 from onbeat.runtime.measures import figure, text_table, wilson_interval
 from onbeat.runtime.modes import MODES
 from onbeat.runtime.policy import load_policy
-from onbeat.runtime.robots import Robot, load_robot
+from onbeat.runtime.robots import ROBOTS, Robot, RobotError, load_robot
 from onbeat.runtime.run import DEFAULT_BUNDLE, DEFAULT_INSTRUCTION
 from onbeat.runtime.timeline import REFUSALS
 
@@ -94,7 +95,7 @@ class Job:
     conditions: Conditions
 
     def open(self) -> "Worker":
-        return Worker(self, Scene(), load_robot(self.robot), self.policy())
+        return Worker(self, Scene(), load_simulated(self.robot), self.policy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ def _run_in_worker(job: Job, seed: int) -> Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a bundle; 0 when every seed was run, 1 for a bundle or machine that cannot be used."""
     options = _parser().parse_args(argv)
-    load_bundle(options.bundle)  # refused here, before any worker has started
+    load_bundle(options.bundle)  # refused here, as the robot is, before any worker has started
+    load_simulated(options.robot)
     controls = CONTROLS if options.control == "all" else tuple(dict.fromkeys(("none", options.control)))
     with tempfile.TemporaryDirectory() as scratch:
         evaluations = [_evaluate_bundle(options, control, Path(scratch)) for control in controls]
@@ -145,6 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out.write_text(document + "\n", encoding="utf-8")
     print(document if options.json else as_text(evaluations))
     return 0
+
+
+def load_simulated(name: str) -> Robot:
+    """A robot that there is a world for. Raises RobotError for a real one, whose name would stand over the twin's."""
+    robot = load_robot(name)
+    if not robot.config.is_simulated:
+        simulated = ", ".join(other.name for other in ROBOTS.values() if other.is_simulated)
+        raise RobotError(f"{name} is a real arm, and success is measured in simulation: choose {simulated}")
+    return robot
 
 
 def _evaluate_bundle(options: argparse.Namespace, control: str, scratch: Path) -> Evaluation:
@@ -248,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onbeat evaluate",
         description="Measure a policy's success in simulated time.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )
     add = parser.add_argument
     add("--bundle", type=Path, default=DEFAULT_BUNDLE, help="folder made by `onbeat export`")

@@ -52,6 +52,7 @@ class Fault(IntEnum):
     BUS_DEAD = auto()
     PORT_LOST = auto()
     SERVO_LOAD = auto()
+    SERVO_BEHIND = auto()
     SERVO_HOT = auto()
     SERVO_OVERLOAD = auto()
     SERVO_OVERHEAT = auto()
@@ -271,6 +272,17 @@ TABLE: tuple[Row, ...] = (
         "something is in the way",
         then=Level.HOLD,
         then_after_s=1.0,
+        clears_after_s=0.5,
+    ),
+    Row(
+        Fault.SERVO_BEHIND,
+        "a joint stays further from its command than `max_behind_rad` for 0.2 s",
+        "tick: command and measured joints",
+        1,
+        Level.SLOW,
+        "it is held, pushed, or its servo does not obey",
+        then=Level.HOLD,
+        then_after_s=0.3,
         clears_after_s=0.5,
     ),
     Row(

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.metadata import (
     AUTO,
+    AmbiguousVariant,
     Statistics,
     check_statistics,
     load_statistics,
@@ -257,7 +258,11 @@ def _statistics(folder: Path, robot: Embodiment, settings: LanguageSettings) -> 
     """The statistics of the settings' data set; None for a robot that needs none, unless some are named."""
     if not robot.needs_statistics and settings.dataset is None and settings.variant is None:
         return None
-    statistics = load_statistics(folder, settings.dataset, settings.variant)
+    try:
+        statistics = load_statistics(folder, settings.dataset, settings.variant)
+    except AmbiguousVariant:
+        check_statistics(load_statistics(folder, settings.dataset, AUTO), robot)  # of another robot: no variant helps
+        raise
     check_statistics(statistics, robot)
     return statistics
 

@@ -13,6 +13,7 @@ from onbeat.embodiment.robot import StateKey
 from onbeat.kernels.image import BadImage, check_image
 
 VIDEO, STATE = "video.", "state."
+SMALLEST_PX = 8  # each way; what a camera sends that has not started, or was set up wrong, is smaller
 
 
 class ObservationError(OnbeatError):
@@ -24,7 +25,7 @@ class MissingView(ObservationError):
 
 
 class BadView(ObservationError):
-    """A frame that is not (height, width, 3) uint8 RGB."""
+    """A frame that is not (height, width, 3) uint8 RGB, or too small to be a picture."""
 
 
 class MissingState(ObservationError):
@@ -89,6 +90,10 @@ def _check_view(observation: Observation, name: str) -> None:
         check_image(observation.views[name].rgb)
     except BadImage as error:
         raise BadView(f"camera '{name}': {error}") from None
+    height, width = observation.views[name].rgb.shape[:2]
+    if min(height, width) < SMALLEST_PX:
+        found = f"camera '{name}' shows {width} x {height} pixels"
+        raise BadView(f"{found}: set it to {SMALLEST_PX} x {SMALLEST_PX} or more")
 
 
 def _check_state(observation: Observation, key: StateKey) -> None:

@@ -49,9 +49,10 @@ class RobotConfig:
 
     j_max: rad/s^3 per joint, empty means a_max / JERK_RAMP_S. tool_low_m, tool_high_m: corners of the box that the tool
     must not leave, x forward, y left, z up from the table; empty means none. max_frame_age_ms: an older newest frame is
-    stale, and no inference starts from it. max_load, max_temperature_c: of a servo, load 1 is stall. slow_factor: of
-    v_max while a fault says "slow". min_gate: of a chunk's mean gate, 0 for any; exp(-2 / tau) is what features have
-    that have nothing to do with each other.
+    stale, and no inference starts from it. max_load, max_temperature_c: of a servo, load 1 is stall. max_behind_rad:
+    per joint, between command and measurement, 0 for any, empty for none to be watched. slow_factor: of v_max while a
+    fault says "slow". min_gate: of a chunk's mean gate, 0 for any; exp(-2 / tau) is what features have that have
+    nothing to do with each other.
 
     cameras: view name -> name of its shared-memory ring; the twin names its own. port: the servo bus, empty when it
     must be given. margin_steps: policy steps added to the measured delay. execute_steps: from one observation to
@@ -75,6 +76,7 @@ class RobotConfig:
     tool_high_m: tuple[float, ...] = ()
     cameras: Mapping[str, str] = field(default_factory=dict)
     max_frame_age_ms: float = 500.0
+    max_behind_rad: tuple[float, ...] = ()
     max_load: float = 0.75  # a servo gives up by itself after 2 s at 0.8
     max_temperature_c: float = 60.0
     slow_factor: float = 0.25
@@ -97,6 +99,7 @@ _SO101: dict[str, Any] = {
     "embodiment": "so101",
     "tool_low_m": (-0.5, -0.5, -0.01),
     "tool_high_m": (0.5, 0.5, 0.6),
+    "max_behind_rad": (*(0.25,) * 5, 0.0),  # pressing on the table takes 0.08; a gripper that holds a cube lags by 0.44
     "park_q": (0.0, -1.7, 1.6, 0.9, 0.0, 0.0),
 }
 ROBOTS = {
@@ -124,6 +127,7 @@ class Robot:
         return SafetySettings(
             max_frame_age_ms=config.max_frame_age_ms,
             max_load=config.max_load,
+            max_behind_rad=config.max_behind_rad,
             max_temperature_c=config.max_temperature_c,
             slow_factor=config.slow_factor,
         )
@@ -171,6 +175,9 @@ def _field(robot: RobotConfig, name: str, value: Any, path: Path) -> Any:
         return float(value)
     if isinstance(present, tuple) and isinstance(value, list):
         return tuple(float(v) for v in value if isinstance(v, (int, float)))
+    if name == "cameras" and isinstance(value, dict) and not all(type(ring) is str for ring in value.values()):
+        view = next(view for view, ring in value.items() if type(ring) is not str)
+        raise RobotError(f"{path}: cameras.{view} = {value[view]!r}: give the name of its ring of frames, in quotes")
     if type(value) is not type(present):
         raise RobotError(f"{path}: {name} = {value!r}: it must be a {type(present).__name__}, such as {present!r}")
     return value
@@ -190,12 +197,12 @@ def build_robot(config: RobotConfig) -> Robot:
         )
     if sum(key.size for key in embodiment.state) != len(embodiment.joints):
         raise RobotError(f"{config.name}: the state of '{embodiment.name}' is not its joints: choose another")
-    _check_config(config)
+    _check_config(config, len(embodiment.joints))
     BusPace(len(embodiment.joints), config.baud_rate).check(config.loop_rate_hz)
     return Robot(config, embodiment, embodiment.joints, _limits(config, embodiment))
 
 
-def _check_config(config: RobotConfig) -> None:
+def _check_config(config: RobotConfig, joints: int) -> None:
     if not 10 <= config.loop_rate_hz <= 1000:
         raise RobotError(f"{config.name}: loop_rate_hz = {config.loop_rate_hz}: choose 10 to 1000")
     if config.on_exit not in ENDINGS:
@@ -204,6 +211,8 @@ def _check_config(config: RobotConfig) -> None:
         raise RobotError(f"{config.name}: slow_factor and max_load lie in 0..1, missed_beats is 2 or more")
     if (len(config.tool_low_m), len(config.tool_high_m)) not in ((0, 0), (3, 3)):
         raise RobotError(f"{config.name}: tool_low_m and tool_high_m are x, y, z in m: give three numbers each")
+    if len(config.max_behind_rad) not in (0, joints) or min(config.max_behind_rad, default=0.0) < 0:
+        raise RobotError(f"{config.name}: max_behind_rad is 0 or more for each of {joints} joints, or empty")
     if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or min(config.execute_steps, config.blend_steps) < 0:
         raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, *_steps 0 or more")
 

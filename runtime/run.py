@@ -22,6 +22,7 @@ from onbeat.drivers.twin.client import start_twin
 from onbeat.drivers.twin.records import read_truth
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.bundle import load_bundle
+from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.daemon import DaemonConfig
 from onbeat.runtime.modes import MODES, choose_mode
 from onbeat.runtime.record import RUN_FILE
@@ -308,7 +309,7 @@ def parse(argv: Sequence[str] | None) -> RunOptions:
     parser = argparse.ArgumentParser(
         prog="onbeat run",
         description="Drive a robot, or the simulated twin, with a policy bundle.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )
     parser.add_argument("--robot", default="so101-twin", help=f"one of {', '.join(ROBOTS)}")
     parser.add_argument("--robot-file", type=Path, help="TOML file whose fields override the robot's")

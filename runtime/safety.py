@@ -28,6 +28,7 @@ from onbeat.runtime.faults import TABLE, Fault, Level
 
 SILENCE_NS: Final = 300_000_000  # without one good exchange, after which the bus counts as dead
 LOAD_TIME_S = 0.5  # a servo that starts or meets the table pushes hard for a moment
+BEHIND_TIME_S = 0.2  # a seam or a load makes a servo lag for a moment
 NO_FAULT = -1
 SLOW: Final = int(Level.SLOW)
 HOLD: Final = int(Level.HOLD)
@@ -42,6 +43,7 @@ _BUS_SILENT: Final = int(Fault.BUS_SILENT)
 _BUS_DEAD: Final = int(Fault.BUS_DEAD)
 _PORT_LOST: Final = int(Fault.PORT_LOST)
 _SERVO_LOAD: Final = int(Fault.SERVO_LOAD)
+_SERVO_BEHIND: Final = int(Fault.SERVO_BEHIND)
 _SERVO_HOT: Final = int(Fault.SERVO_HOT)
 _STATUS_BITS: Final = np.array(  # which bits of a servo's status byte mean which fault
     [
@@ -69,12 +71,15 @@ STATUS = np.dtype(
 class SafetySettings:
     """What a robot tolerates. max_frame_age_ms: of the newest frame of the slowest camera.
 
-    max_load: of stall, 0..1. max_temperature_c: of a servo's case, below the servo's own limit of 70. slow_factor: of
-    the speed limit in SLOW. retry_burst, retry_rate_hz: exchanges that may need a retry, at once and for long.
+    max_load: of stall, 0..1. max_behind_rad: per joint, between command and measurement; 0 for any, as has a gripper
+    that holds something; empty for no joint. max_temperature_c: of a servo's case, below the servo's own limit of 70.
+    slow_factor: of the speed limit in SLOW. retry_burst, retry_rate_hz: exchanges that may need a retry, at once and
+    for long.
     """
 
     max_frame_age_ms: float = 500.0
     max_load: float = 0.75
+    max_behind_rad: tuple[float, ...] = ()
     max_temperature_c: float = 60.0
     slow_factor: float = 0.25
     retry_burst: float = 10.0
@@ -82,11 +87,13 @@ class SafetySettings:
 
 
 class Thresholds(NamedTuple):
-    """`SafetySettings` in the units of a tick."""
+    """`SafetySettings` in the units of a tick. max_behind_rad: (J,), infinite for any."""
 
     max_frame_age_ns: int
     max_load: float
     load_ticks: int
+    max_behind_rad: NDArray[np.float64]
+    behind_ticks: int
     max_temperature_c: float
     slow_factor: float
     retry_burst: float
@@ -114,9 +121,9 @@ class Inputs(NamedTuple):
 class Safety(NamedTuple):
     """The machine. rules, status: (F,) of RULE and STATUS. level: (1,) int64, the worst of all faults.
 
-    ended_by: (1,) int64, the first fault that ends the run, or NO_FAULT. loaded: (J,) int64, for how many ticks the
-    load was too high. silent: (1,) int64, exchanges that failed in a row. bucket: (1,), retries over the budget.
-    retries: (1,) int64, of Inputs.retries, what the last tick saw.
+    ended_by: (1,) int64, the first fault that ends the run, or NO_FAULT. loaded, behind: (J,) int64, for how many ticks
+    the load was too high, or the joint too far from its command. silent: (1,) int64, exchanges that failed in a row.
+    bucket: (1,), retries over the budget. retries: (1,) int64, of Inputs.retries, what the last tick saw.
     """
 
     rules: NDArray[np.void]
@@ -126,6 +133,7 @@ class Safety(NamedTuple):
     level: NDArray[np.int64]
     ended_by: NDArray[np.int64]
     loaded: NDArray[np.int64]
+    behind: NDArray[np.int64]
     silent: NDArray[np.int64]
     bucket: NDArray[np.float64]
     retries: NDArray[np.int64]
@@ -146,10 +154,11 @@ def new_safety(joints: int, period_s: float, settings: SafetySettings | None = N
             servo_status=np.zeros(joints, np.uint8),
             temperature_c=np.zeros(joints),
         ),
-        thresholds=_thresholds(settings or SafetySettings(), period_s),
+        thresholds=_thresholds(settings or SafetySettings(), joints, period_s),
         level=counts[3],
         ended_by=np.full(1, NO_FAULT, np.int64),
         loaded=np.zeros(joints, np.int64),
+        behind=np.zeros(joints, np.int64),
         silent=counts[4],
         bucket=np.zeros(1),
         retries=counts[5],
@@ -165,11 +174,14 @@ def _rules(period_s: float) -> NDArray[np.void]:
     return rules
 
 
-def _thresholds(settings: SafetySettings, period_s: float) -> Thresholds:
+def _thresholds(settings: SafetySettings, joints: int, period_s: float) -> Thresholds:
+    behind = settings.max_behind_rad or (0.0,) * joints
     return Thresholds(
         max_frame_age_ns=round(settings.max_frame_age_ms * 1e6),
         max_load=settings.max_load,
         load_ticks=round(LOAD_TIME_S / period_s),
+        max_behind_rad=np.array([bound or np.inf for bound in behind]),
+        behind_ticks=round(BEHIND_TIME_S / period_s),
         max_temperature_c=settings.max_temperature_c,
         slow_factor=settings.slow_factor,
         retry_burst=settings.retry_burst,
@@ -209,6 +221,17 @@ def note_exchange(safety, outcome, counts, status, temperature_c):
     if code in (OK, SERVO_FAULT):
         copy_values(inputs.servo_status, status)
         copy_values(inputs.temperature_c, temperature_c)
+
+
+@compiled
+def note_joints(safety, command_q, measured_q):
+    """Tell where the joints are, (J,) rad, after the command that was sent last. Once per tick, before `watch`."""
+    longest = 0
+    for j in range(safety.behind.shape[0]):
+        is_behind = math.fabs(command_q[j] - measured_q[j]) > safety.thresholds.max_behind_rad[j]
+        safety.behind[j] = safety.behind[j] + 1 if is_behind else 0
+        longest = max(longest, safety.behind[j])
+    safety.inputs.conditions[_SERVO_BEHIND] = longest >= max(1, safety.thresholds.behind_ticks)
 
 
 @compiled

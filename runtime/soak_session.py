@@ -29,16 +29,17 @@ from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.faults import Fault
 from onbeat.runtime.guard import Guard
 from onbeat.runtime.heartbeat import DONE
+from onbeat.runtime.loop import compile_ahead
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.policy import PolicyOutput, StageTimes
-from onbeat.runtime.robots import Robot, build_robot, from_json
+from onbeat.runtime.robots import Robot, build_robot, from_json, load_robot
 from onbeat.runtime.safety import NO_FAULT, onsets
 from onbeat.runtime.timeline import publish
 
 ROWS = 8
 PACE_S = 0.03  # of an inference that is well
 SWAY_RAD = np.array([0.8, 0.25, 0.25, 0.3, 0.8, 0.3])
-CENTRE_RAD = np.array([0.0, -0.85, 0.6, 1.2, 0.0, 0.4])
+CENTRE_RAD = np.array([0.0, -1.1, 0.6, 1.2, 0.0, 0.4])
 DIVE_RAD = np.array([0.0, 0.9, 0.6, 0.8, 0.0, 0.4])  # under the table
 GATE = 0.9
 INSTRUCTIONS = ("sway", "sway again")
@@ -239,7 +240,8 @@ def run_leg(leg: Leg, stop: threading.Event) -> bool:
             player.join()
             announcer.join()
         is_over = guard.phase == DONE
-        tell({"event": "ended", "error": error, "is_left_to_guardian": not is_over, **ending(session)})
+        sent = keep_sent(session)
+        tell({"event": "ended", "error": error, "is_left_to_guardian": not is_over, "sent": sent, **ending(session)})
     return is_over
 
 
@@ -260,20 +262,16 @@ def ending(session: Session) -> dict[str, Any]:
         "faults": onsets(session.state.safety),
         "ticks": session.loop.status.ticks,
         "missed": session.loop.status.missed,
-        "failed_attempts": failed_attempts(session.bus.faults()),
-        "faulty_ticks": session.loop.status.faulty_ticks,
-        "interval_ns": intervals_ns(session.ticks.arrays()["start_ns"]),
     }
 
 
-def intervals_ns(t_ns: NDArray[np.int64]) -> list[float]:
-    """p50 and p99 of the times between ticks; empty for fewer than two."""
-    return np.percentile(np.diff(t_ns), (50, 99)).tolist() if len(t_ns) > 1 else []
-
-
-def failed_attempts(faults: dict[str, int]) -> int:
-    """Attempts at an exchange that sent goals and got no good answer."""
-    return sum(faults[name] for name in ("no_reply", "short_reply", "bad_checksum", "wrong_servo", "bad_reply"))
+def keep_sent(session: Session) -> str:
+    """Put down which goals each tick sent, and the last moment before they left; returns the name of the file."""
+    assert session.run_dir is not None
+    ticks = session.ticks.arrays()
+    path = session.run_dir / f"sent-{session.loop.status.started_ns}.npz"
+    np.savez(path, t_ns=ticks["start_ns"] + ticks["compute_ns"], goal_rad=ticks["goal_rad"])
+    return str(path)
 
 
 def tell(event: Mapping[str, Any]) -> None:
@@ -285,6 +283,7 @@ def tell(event: Mapping[str, Any]) -> None:
 def main() -> int:
     """Run the legs of stdin, one after the other. Exit code 3 after one whose arm was left to the guardian."""
     end_with_parent()
+    compile_ahead(load_robot("so101-twin").limits)  # a spare does this while another is at work
     for line in sys.stdin:
         leg = Leg.from_json(line)
         if not run_leg(leg, stop_on_signal()):

@@ -25,6 +25,7 @@ from onbeat.runtime.safety import (
     SafetySettings,
     fault_bits,
     new_safety,
+    note_joints,
     note_late,
     watch,
 )
@@ -87,7 +88,8 @@ class TickState(NamedTuple):
     """All that a tick reads and writes; J joints.
 
     The caller fills measured_q, measured_dq, measured_load (J,) and safety.inputs before each tick and sends command_q
-    (J,) rad after it. command_q is NaN until the first tick; command_v (J,) rad/s is its step over the period.
+    (J,) rad after it. command_q is NaN until the first tick; command_v (J,) rad/s is its step over the period, and
+    command_a (J,) rad/s^2 that of command_v.
     target (J,) is the committed target before limits, NaN when no action was due; goal (J,) what the faults left of it.
     path_q, path_v (J,): the path inside the limits whose last smoothing[j] steps, kept in the ring `path` (N, J) with
     the newest at newest[0], are averaged to the command. v_max (J,): the speed limit of this tick. record: (1,) of
@@ -112,8 +114,10 @@ class TickState(NamedTuple):
     smoothing: NDArray[np.int64]
     command_q: NDArray[np.float64]
     command_v: NDArray[np.float64]
+    command_a: NDArray[np.float64]
     next_q: NDArray[np.float64]
     next_v: NDArray[np.float64]
+    next_a: NDArray[np.float64]
     counters: Counters
     record: NDArray[np.void]
 
@@ -130,7 +134,7 @@ def new_tick_state(
     """A state before its first tick, for a loop of `rate_hz` and chunks of up to `rows` rows."""
     joints, period_s = len(limits.q_min), 1.0 / rate_hz
     smoothing = smoothing_ticks(limits.a_max, limits.j_max, period_s)
-    zeros = [np.zeros(joints) for _ in range(8)]
+    zeros = [np.zeros(joints) for _ in range(10)]
     nans = [np.full(joints, np.nan) for _ in range(4)]
     return TickState(
         timeline=new_timeline(
@@ -153,8 +157,10 @@ def new_tick_state(
         smoothing=smoothing,
         command_q=nans[3],
         command_v=zeros[5],
-        next_q=zeros[6],
-        next_v=zeros[7],
+        command_a=zeros[6],
+        next_q=zeros[7],
+        next_v=zeros[8],
+        next_a=zeros[9],
         counters=Counters(*(np.zeros(1, np.int64) for _ in Counters._fields)),
         record=np.zeros(1, RECORD),
     )
@@ -168,6 +174,7 @@ def tick(state, now_ns):
     """
     chunk_id, t0_ns, row, fraction = committed_target(state.timeline, now_ns, state.target)
     is_missing = math.isnan(state.target[0]) and state.timeline.published[0] > 0 and state.timeline.closed[0] == 0
+    note_joints(state.safety, state.command_q, state.measured_q)
     level = watch(state.safety, now_ns, is_missing, state.measured_load)
     flags = _start(state) if math.isnan(state.command_q[0]) else _move(state, level)
     flags |= _commit(state)
@@ -184,6 +191,7 @@ def _start(state):
     _fill_path(state, state.measured_q)
     copy_values(state.next_q, state.measured_q)
     fill_values(state.next_v, 0.0)
+    fill_values(state.next_a, 0.0)
     return STARTED
 
 
@@ -255,6 +263,7 @@ def _extend_path(state):
     smooth(state.path, state.newest[0], state.smoothing, state.next_q)
     for j in range(state.next_q.shape[0]):
         state.next_v[j] = (state.next_q[j] - state.command_q[j]) / state.period_s
+        state.next_a[j] = (state.next_v[j] - state.command_v[j]) / state.period_s
 
 
 @compiled
@@ -269,29 +278,37 @@ def _commit(state):
     if not is_refused or _is_safe(state):
         copy_values(state.command_q, state.next_q)
         copy_values(state.command_v, state.next_v)
+        copy_values(state.command_a, state.next_a)
     else:
         copy_values(state.path_q, state.command_q)
         fill_values(state.path_v, 0.0)
         _fill_path(state, state.command_q)
         fill_values(state.command_v, 0.0)
+        fill_values(state.command_a, 0.0)
     return REFUSED if is_refused else 0
 
 
 @compiled
 def _resume_path(state):
-    """A path, as if at constant speed until now, whose mean is the last command: what it was can not be trusted."""
-    size = state.path.shape[0]
+    """A path, as if at constant acceleration until now, whose mean is the last command: what it was can not be trusted.
+
+    Of its n steps, x from the middle: speed v + a x, place q + v x + a (x (x + 1) - (n^2 - 1) / 12) / 2. From there,
+    braking changes the acceleration of the mean by at most (|a| + a_max) / n in a step, which the jerk allows.
+    """
+    size, dt = state.path.shape[0], state.period_s
     for j in range(state.path_q.shape[0]):
-        step = state.command_v[j] * state.period_s
-        state.path_v[j] = state.command_v[j]
-        state.path_q[j] = state.command_q[j] + step * (state.smoothing[j] - 1.0) / 2.0
+        n, q, v, a = state.smoothing[j], state.command_q[j], state.command_v[j] * dt, state.command_a[j] * dt * dt
+        half = (n - 1.0) / 2.0
         for k in range(size):
-            state.path[(state.newest[0] - k) % size, j] = state.path_q[j] - k * step
+            x = half - k
+            state.path[(state.newest[0] - k) % size, j] = q + v * x + a * (x * (x + 1.0) - (n * n - 1.0) / 12.0) / 2.0
+        state.path_q[j] = state.path[state.newest[0], j]
+        state.path_v[j] = (v + a * half) / dt
 
 
 @compiled
 def _is_safe(state):
-    """Whether the planned command may go on the wire: finite, and from the last one inside range, speed, acceleration.
+    """Whether the planned command may go on the wire: finite, and from the last ones inside every limit but workspace.
 
     From outside the range it may not get further out.
     """
@@ -306,7 +323,9 @@ def _is_safe(state):
             return False
         if not abs(q - last_q) <= limits.v_max[j] * dt * (1.0 + ROUNDING) + ROUNDING:
             return False
-        if not abs(state.next_v[j] - state.command_v[j]) <= limits.a_max[j] * dt * (1.0 + ROUNDING) + ROUNDING:
+        if not abs(state.next_a[j]) <= limits.a_max[j] * (1.0 + ROUNDING) + ROUNDING / dt:
+            return False
+        if not abs(state.next_a[j] - state.command_a[j]) <= limits.j_max[j] * dt * (1.0 + ROUNDING) + ROUNDING / dt:
             return False
     return True
 

@@ -3,21 +3,29 @@
     python tests/mutation.py            all files, prints the mutants that no test noticed; exit code 1 if there are any
     python tests/mutation.py splice     one file
 
-Each mutant is a copy of the tree with one change. It first meets the file's own tests in plain Python, which need no
-compilation; one that they let pass meets the compiled tests of everything behind it. By hand, not in CI: an hour.
+Each mutant is a copy of the tree with one change. It first meets the tests that can kill it in plain Python, in a fork
+that has imported everything else; one that they let pass meets the compiled tests of what is behind it. By hand, not in
+CI.
 """
 
 import argparse
 import ast
 import copy
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import hypothesis
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
@@ -34,14 +42,16 @@ TESTS = {
         "tests/runtime/test_timeline.py::TestThreads",
     ),
 }
-BEHIND = (
-    "tests/kernels",
-    "tests/runtime/test_timeline.py",
-    "tests/runtime/test_tick.py",
-    "tests/runtime/test_chunk_schedules.py",
-    "tests/runtime/test_scheduler.py",
-)
-PLAIN_LIMIT_S, LIMIT_S = 45, 400  # a mutant that never ends is noticed as well
+_TICK = ("tests/runtime/test_tick.py", "tests/runtime/test_tick_safety.py", "tests/runtime/test_chunk_schedules.py")
+BEHIND = {
+    "kernels/limit.py": ("tests/kernels", *_TICK),
+    "kernels/splice.py": ("tests/kernels/test_splice.py", "tests/runtime/test_timeline.py", *_TICK),
+    "kernels/interpolate.py": ("tests/kernels/test_interpolate.py", "tests/runtime/test_timeline.py", *_TICK),
+    "runtime/timeline.py": ("tests/runtime/test_timeline.py", *_TICK, "tests/runtime/test_scheduler.py"),
+}
+IMPORTED = ("numpy", "numba", "hypothesis.strategies", "hypothesis.extra.numpy", "_hypothesis_pytestplugin")
+PLAIN = {"NUMBA_DISABLE_JIT": "1", "ONBEAT_PLAIN": "1"}
+PLAIN_LIMIT_S, COMPILED_LIMIT_S = 45, 400  # a mutant that never ends is noticed as well
 
 # What changes nothing that could be seen: the line as it was and as it became -> why.
 EQUIVALENT: dict[tuple[str, str], str] = {
@@ -139,21 +149,55 @@ def is_noticed(mutant: Mutant, tree: Path, *, plain_only: bool) -> bool:
     place = tree / mutant.path
     place.write_text(mutant.source, encoding="utf-8")
     try:
-        if not _passes(tree, TESTS[mutant.path], plain=True):
+        if not passes_plain(tree, TESTS[mutant.path]):
             return True
-        return not plain_only and not _passes(tree, BEHIND, plain=False)
+        return not plain_only and not passes_compiled(tree, BEHIND[mutant.path])
     finally:
         shutil.copyfile(ROOT / mutant.path, place)
 
 
-def _passes(tree: Path, tests: Sequence[str], *, plain: bool) -> bool:
-    environment = {**os.environ, "PYTHONPATH": str(tree), "ONBEAT_PLAIN": "1" if plain else "", "OMP_NUM_THREADS": "1"}
-    if plain:
-        environment["NUMBA_DISABLE_JIT"] = "1"
-    limit_s = PLAIN_LIMIT_S if plain else LIMIT_S
+def passes_plain(tree: Path, tests: Sequence[str]) -> bool:
+    """Tests in plain Python, in a fork of this process, which has imported everything but what is tested."""
+    child = os.fork()
+    if child == 0:
+        run_and_exit(tree, tests)
+    deadline_s = time.monotonic() + PLAIN_LIMIT_S
+    while time.monotonic() < deadline_s:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def run_and_exit(tree: Path, tests: Sequence[str]) -> NoReturn:
+    """The tests of a fork. Same examples each time, and no search for the smallest one that fails."""
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    quick = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutation", phases=quick, derandomize=True, database=None)
+    hypothesis.settings.load_profile("mutation")
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+
+
+def passes_compiled(tree: Path, tests: Sequence[str]) -> bool:
+    """Tests as they always run, in a process of their own: everything is compiled anew."""
+    environment = {key: value for key, value in os.environ.items() if key not in PLAIN}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=limit_s, check=False)
+        done = subprocess.run(
+            command,
+            cwd=tree,
+            env={**environment, "PYTHONPATH": str(tree)},
+            capture_output=True,
+            timeout=COMPILED_LIMIT_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -186,14 +230,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", help="names such as `splice`; none: all")
     parser.add_argument("--plain-only", action="store_true", help="only the file's own tests, in plain Python: minutes")
     options = parser.parse_args(argv)
+    os.environ.update(PLAIN, OMP_NUM_THREADS="1")
+    for name in IMPORTED:
+        importlib.import_module(name)
     names = options.files
     paths = [path for path in TESTS if not names or Path(path).stem in names]
     survivors: list[Mutant] = []
-    total = 0
+    total, begun_s = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         tree = copy_tree(Path(scratch))
         for path in paths:
-            if not _passes(tree, TESTS[path], plain=True):
+            if not passes_plain(tree, TESTS[path]):
                 print(f"{path}: its tests fail without any change: mend them first", file=sys.stderr)
                 return 2
             for mutant in mutants(path):
@@ -203,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 reason = EQUIVALENT.get((mutant.was.strip(), mutant.now.strip()))
                 survivors += [] if reason else [mutant]
                 print(f"{'equivalent' if reason else 'SURVIVED'}  {mutant}  {reason or ''}", flush=True)
+            print(f"{path}: {total} mutants so far, {time.monotonic() - begun_s:.0f} s", flush=True)
     print(f"{total} mutants, {len(survivors)} survived")
     return 1 if survivors else 0
 

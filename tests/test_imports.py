@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_MUJOCO = {"onbeat.drivers.twin.world"}
+NEEDS_MUJOCO = {"onbeat.drivers.twin.world", "onbeat.drivers.twin.reach"}
 
 PROGRAM = """
 import importlib, sys

@@ -69,6 +69,8 @@ _ERROR_OF_STATUS: tuple[tuple[Status, type[errors.ServoFault]], ...] = (
     (Status.VOLTAGE, errors.ServoVoltage),
     (Status.SENSOR | Status.ANGLE, errors.ServoSensor),
 )
+# What a request for the model number reads as when it is taken for its reply: its address, then its size.
+ECHOED_MODEL = REGISTER["model_number"].address | REGISTER["model_number"].size << 8
 _ONE_JOINT = 8  # longest register read or write of the slow path, in parameters
 
 
@@ -113,8 +115,9 @@ class FeetechBus:
     """`Actuators` over a Feetech bus: one goal write and one read of position, velocity and load serve all joints.
 
     joints: name -> where its servo is, in the order of every array. Opening pings every servo; it raises NotAServoBus
-    when none answers and ServoMissing, with joint and id, when some do not. `wire` and `exchange.exchange_joints` are
-    all that a compiled loop needs to run the bus by itself. One thread at a time.
+    when none answers, PortEchoes when the port itself does, and ServoMissing, with joint and id, when some do not.
+    `wire` and `exchange.exchange_joints` are all that a compiled loop needs to run the bus by itself. One thread at a
+    time.
     """
 
     def __init__(self, port: str, joints: Mapping[str, JointCalibration], settings: BusSettings | None = None) -> None:
@@ -260,6 +263,8 @@ class FeetechBus:
             raise errors.ServoMissing(f"no answer on {self.port} from servo {named}")
         for joint in self.joints:
             model = self.read_register(joint, "model_number")
+            if model == ECHOED_MODEL:
+                raise errors.PortEchoes(f"{self.port} gives back what is sent to it, and nothing else")
             if model != MODEL_NUMBER:
                 raise errors.NotAServoBus(f"{joint} on {self.port} is a model {model}, not an STS3215 ({MODEL_NUMBER})")
         self._warm_up()

@@ -38,6 +38,12 @@ class NotAServoBus(BusError):
     remedy = "check that this is the bus adapter's port, that the servos have power, and that they are set to 1 Mbaud"
 
 
+class PortEchoes(BusError):
+    """What is sent comes back, and no servo's reply."""
+
+    remedy = "switch the adapter's echo off, or check what its two lines are connected to"
+
+
 class ServoMissing(BusError):
     """Some servos answer and the named ones do not."""
 

@@ -93,16 +93,17 @@ class RingReader:
         try:
             fd = os.open(SHARED_MEMORY / name, os.O_RDONLY)
         except OSError as fault:
-            raise FramesMissing(f"no frames are named {name}: start the twin, and use the names it prints") from fault
+            remedy = "start what fills them, and give their name under `cameras` in the robot file"
+            raise FramesMissing(f"no frames are named {name}: {remedy}") from fault
         try:
             memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         except ValueError as fault:
-            raise FramesMissing(f"{name} is empty: restart the twin") from fault
+            raise FramesMissing(f"{name} is empty: restart what fills it") from fault
         finally:
             os.close(fd)
         head = np.frombuffer(memory[: _RING_WORDS * 8].ljust(_RING_WORDS * 8, b"\0"), np.int64)
         if head[0] != _MAGIC:
-            raise FramesMissing(f"{name} holds no frames of this version: restart the twin with this version")
+            raise FramesMissing(f"{name} holds no frames of this version: restart what fills it with this version")
         self.shape = int(head[3]), int(head[4])
         self._ring: _Ring | None = _Ring(memory, int(head[1]), int(head[2]))
 
@@ -153,7 +154,7 @@ class FrameWriter:
 
 
 class SharedFrameCamera:
-    """`Camera` over a ring that another process fills. ring: the name the twin prints. Raises FramesMissing."""
+    """`Camera` over a ring that another process fills. ring: its name, as the twin prints it. Raises FramesMissing."""
 
     def __init__(self, ring: str, name: str) -> None:
         self.name = name

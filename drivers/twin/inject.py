@@ -18,7 +18,7 @@ POLL_NS = 10_000_000
 
 SILENCE, FLAKY, BAD_CHECKSUM, SHORT_REPLY = "silence", "flaky", "bad_checksum", "short_reply"
 UNPLUGGED = "unplugged"
-HOT, LOADED = "hot", "loaded"
+HOT, LOADED, STUCK = "hot", "loaded", "stuck"
 STATUS_KINDS: Final = {
     "overload": Status.OVERLOAD,
     "overcurrent": Status.CURRENT,
@@ -29,7 +29,7 @@ STATUS_KINDS: Final = {
 CAMERA_STOPPED, CAMERA_FROZEN, CAMERA_BLANK = "camera_stopped", "camera_frozen", "camera_blank"
 CLOCK_STALLED, CLOCK_JUMPED = "clock_stalled", "clock_jumped"
 KINDS = (
-    *(SILENCE, FLAKY, BAD_CHECKSUM, SHORT_REPLY, UNPLUGGED, HOT, LOADED, *STATUS_KINDS),
+    *(SILENCE, FLAKY, BAD_CHECKSUM, SHORT_REPLY, UNPLUGGED, HOT, LOADED, STUCK, *STATUS_KINDS),
     *(CAMERA_STOPPED, CAMERA_FROZEN, CAMERA_BLANK, CLOCK_STALLED, CLOCK_JUMPED),
 )
 HOT_DEG_C = 66
@@ -112,3 +112,4 @@ class FaultyFarEnd:
             servo.injected = Status(sum(bit for kind, bit in STATUS_KINDS.items() if kind in mine))
             servo.case_deg_c = HOT_DEG_C if HOT in mine else None
             servo.shown_load = 1.0 if LOADED in mine else None
+            servo.is_stuck = STUCK in mine

@@ -85,6 +85,7 @@ class Servo:
         self.injected = Status(0)
         self.case_deg_c: int | None = None  # shown in place of the truth, as is the load
         self.shown_load: float | None = None
+        self.is_stuck = False  # holds where it is, whatever its goal
         self.pending: bytes | None = None
         self.setpoint_steps = float(CENTRE_STEP)
         self.setpoint_velocity = 0.0
@@ -151,6 +152,9 @@ class Servo:
     def advance(self, dt_ns: int) -> float:
         """Move the set point towards the goal for dt_ns; returns it in raw steps."""
         motion, dt_s = self.motion(), dt_ns * 1e-9
+        if self.is_stuck:
+            self.setpoint_velocity = 0.0
+            return self.setpoint_steps
         way, speed = motion.goal - self.setpoint_steps, motion.speed
         wanted = way / dt_s
         if motion.acceleration:  # slow down in time: v^2 = 2 a d

@@ -217,7 +217,13 @@ def test_a_silent_port_is_no_servo_bus(joints) -> None:
 
 def test_a_port_that_echoes_is_no_servo_bus(far, joints, monkeypatch) -> None:
     monkeypatch.setattr(far, "feed", lambda data, _now_ns: Answer(data, 0))
-    with pytest.raises(errors.NotAServoBus, match="is a model"):
+    with pytest.raises(errors.PortEchoes, match=r"gives back what is sent to it.*echo off"):
+        FeetechBus(far.port, joints)
+
+
+def test_another_servo_model_is_named(far, joints) -> None:
+    far.bank.servos[2].put("model_number", 2825)
+    with pytest.raises(errors.NotAServoBus, match="is a model 2825"):
         FeetechBus(far.port, joints)
 
 

@@ -43,6 +43,7 @@ def start_anew(state):
     timeline.published[0] = timeline.closed[0] = 0
     state.command_q[:] = np.nan
     state.command_v[:] = 0.0
+    state.command_a[:] = 0.0
     for fault in range(state.safety.status.shape[0]):
         state.safety.status[fault].age = 0
         state.safety.inputs.conditions[fault] = 0

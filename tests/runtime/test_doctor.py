@@ -50,6 +50,7 @@ REQUIRED = {
     "no provider": ("onnxruntime providers", {"providers": ()}),
     "no onnxruntime": ("onnxruntime providers", {"providers": None}),
     "bundle broken": ("bundle", {"bundles": {"bundle": Probe("", "flow.onnx was changed")}}),
+    "bundle of ours broken": ("bundle", {"bundles": {"bundle": Probe("", "flow.onnx was changed: export it again")}}),
 }
 
 
@@ -87,6 +88,15 @@ def test_an_optional_thing_that_is_missing_is_named_with_its_remedy_and_passes(l
     assert [(check.name, check.state) for check in lacking] == [(name, OPTIONAL)]
     assert lacking[0].remedy
     assert doctor.exit_code(checks) == 0
+
+
+def test_a_broken_bundle_has_one_remedy_its_own_where_it_has_one():
+    broken = {"one": Probe("", "flow.onnx was changed: export it again"), "two": Probe("", "no such file")}
+    checks = {check.found: check.remedy for check in doctor.judge(replace(HEALTHY, bundles=broken)) if check.remedy}
+    assert checks == {
+        "one: flow.onnx was changed": "export it again",
+        "two: no such file": "run `onbeat export CHECKPOINT two --replace`",
+    }
 
 
 def test_gl_remedy_names_the_packages():

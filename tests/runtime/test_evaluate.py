@@ -15,7 +15,7 @@ from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.episode import BLANK, OTHER, Conditions, Episode, Outcome, Scene, in_servo_steps, run_episode
 from onbeat.runtime.evaluate import CONTROLS, Evaluation, as_json, as_text, evaluate
 from onbeat.runtime.policy import PolicyOutput, StageTimes
-from onbeat.runtime.robots import load_robot, state_values
+from onbeat.runtime.robots import RobotError, load_robot, state_values
 from onbeat.runtime.timeline import EXPIRED
 
 pytest.importorskip("mujoco")
@@ -212,6 +212,11 @@ def test_a_policy_that_cannot_be_opened_ends_the_evaluation_with_its_own_error(w
 def test_a_folder_that_is_no_bundle_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(NotABundle):
         command.main(["--bundle", str(tmp_path)])
+
+
+def test_a_real_arm_is_refused_for_the_figures_would_be_the_twins():
+    with pytest.raises(RobotError, match=r"so101 is a real arm.*choose so101-twin"):
+        command.main(["--robot", "so101", "--seeds", "1"])
 
 
 def fake_evaluation(control: str, successes: int, attempts: int) -> Evaluation:

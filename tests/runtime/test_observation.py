@@ -15,7 +15,7 @@ from onbeat.runtime.observation import (
 )
 
 SO101 = load_embodiment("so101")
-RGB = np.zeros((4, 6, 3), np.uint8)
+RGB = np.zeros((8, 12, 3), np.uint8)
 
 
 def observation(**changes: object) -> Observation:
@@ -40,6 +40,12 @@ def test_a_missing_camera_is_named_with_those_that_are_there():
 def test_an_image_of_another_form_is_refused(rgb):
     with pytest.raises(BadView, match=r"camera 'top'.*give RGB as uint8"):
         select(observation(top=Frame(0, 0, rgb)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 640, 3), (480, 7, 3)])
+def test_what_is_too_small_to_be_a_picture_is_refused(shape: tuple[int, int, int]):
+    with pytest.raises(BadView, match=rf"camera 'top' shows {shape[1]} x {shape[0]} pixels: set it to 8 x 8"):
+        select(observation(top=Frame(0, 0, np.zeros(shape, np.uint8))))
 
 
 def test_a_missing_state_is_named():

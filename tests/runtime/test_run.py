@@ -164,7 +164,10 @@ class TestRefusals:
     def test_help_shows_defaults_and_units(self, capsys: pytest.CaptureFixture):
         with pytest.raises(SystemExit, match="0"):
             parse(["--help"])
-        assert "of motion, s (default: 30.0)" in capsys.readouterr().out
+        told = " ".join(capsys.readouterr().out.split())
+        assert "of motion, s (default: 30.0)" in told
+        assert "(default: )" not in told
+        assert "(default: None)" not in told
 
 
 class TestRobotFile:
@@ -181,6 +184,10 @@ class TestRobotFile:
             ("loop_rate_hz = 5", "choose 10 to 1000"),
             ("loop_rate_hz = ", "is no TOML file"),
             ("embodiment = 'libero'", "is not joints"),
+            ("[cameras.top]\nindex = 0\n", r"cameras.top = \{'index': 0\}: give the name of its ring"),
+            ("cameras = 'top'\n", "must be a dict"),
+            ("max_behind_rad = [0.1]\n", "for each of 6 joints"),
+            ("max_behind_rad = [-0.1, 0, 0, 0, 0, 0]\n", "0 or more"),
         ],
     )
     def test_names_what_is_wrong(self, text: str, complaint: str, tmp_path: Path):

@@ -11,12 +11,14 @@ from onbeat.drivers.feetech.protocol import FAULT_NAMES, NO_REPLY, OK, PORT_LOST
 from onbeat.drivers.feetech.tables import Status
 from onbeat.runtime.faults import ROW, TABLE, Fault, Level
 from onbeat.runtime.safety import (
+    BEHIND_TIME_S,
     LOAD_TIME_S,
     NO_FAULT,
     Safety,
     SafetySettings,
     new_safety,
     note_exchange,
+    note_joints,
     note_late,
     onsets,
     report,
@@ -70,6 +72,12 @@ def push(bench: Bench) -> None:
     bench.tick(round(LOAD_TIME_S / PERIOD_S) - 1)
 
 
+def stand_still(bench: Bench) -> None:
+    bench.safety.thresholds.max_behind_rad[:] = 0.1
+    for _ in range(round(BEHIND_TIME_S / PERIOD_S)):
+        note_joints(bench.safety, np.full(JOINTS, 0.101), np.zeros(JOINTS))
+
+
 def fail_exchanges(bench: Bench) -> None:
     for _ in range(29):
         bench.exchange(NO_REPLY)
@@ -86,6 +94,7 @@ CAUSES: dict[Fault, Callable[[Bench], None]] = {
     Fault.BUS_DEAD: fail_exchanges,
     Fault.PORT_LOST: lambda bench: bench.exchange(PORT_LOST),
     Fault.SERVO_LOAD: push,
+    Fault.SERVO_BEHIND: stand_still,
     Fault.SERVO_HOT: lambda bench: bench.exchange(warmth_c=60.5),
     Fault.SERVO_OVERLOAD: lambda bench: bench.exchange(SERVO_FAULT, Status.CURRENT),
     Fault.SERVO_OVERHEAT: lambda bench: bench.exchange(SERVO_FAULT, Status.TEMPERATURE),
@@ -171,6 +180,19 @@ class TestDetectors:
         bench.load[0] = 0.74
         assert bench.tick(200) == Level.OK
         assert onsets(bench.safety)["SERVO_LOAD"] == 0
+
+    def test_as_far_behind_as_is_allowed_is_no_fault(self):
+        bench = Bench(SafetySettings(max_behind_rad=(0.1,) * JOINTS))
+        for sign in (1, -1):
+            for _ in range(100):
+                note_joints(bench.safety, np.full(JOINTS, sign * 0.1), np.zeros(JOINTS))
+                assert bench.tick() == Level.OK
+
+    def test_ahead_and_back_is_as_far_behind_as_any(self):
+        bench = Bench(SafetySettings(max_behind_rad=(0.1,) * JOINTS))
+        for k in range(round(BEHIND_TIME_S / PERIOD_S)):
+            note_joints(bench.safety, np.zeros(JOINTS), np.full(JOINTS, 0.2 * (-1) ** k))
+        assert bench.tick() == Level.SLOW
 
     def test_a_retry_now_and_then_is_within_the_budget(self):
         bench = Bench()

@@ -9,21 +9,24 @@ import numpy as np
 import pytest
 
 from onbeat.runtime.faults import Fault
-from onbeat.runtime.soak import (
+from onbeat.runtime.robots import as_json
+from onbeat.runtime.soak import Legs, check_long, main, soak_robot, wanted
+from onbeat.runtime.soak_report import memory_figures, problems
+from onbeat.runtime.soak_runner import SoakFailed, Told
+from onbeat.runtime.soak_schedule import (
+    ALONE,
     ENDINGS,
     SEAM_LANE,
     TIMES,
     WIRE_LANE,
-    SoakFailed,
+    Due,
+    all_lanes,
     end_of,
-    main,
-    memory_figures,
-    problems,
     schedule,
-    wanted,
 )
+from onbeat.runtime.soak_session import Leg
 
-LANES = (*SEAM_LANE, *WIRE_LANE)
+LANES = (*SEAM_LANE, *WIRE_LANE, *ALONE)
 
 
 def test_every_row_of_the_table_is_made_by_something():
@@ -39,6 +42,14 @@ def test_a_schedule_has_every_kind_five_times_and_no_overlap(lane, seconds: floa
     for before, after in itertools.pairwise(dues):
         assert after.at_s >= before.at_s + before.kind.slot_s - 1e-9
     assert end_of(dues) <= max(seconds, 80.0)
+
+
+def test_what_wants_the_arm_for_itself_gets_it():
+    dues = all_lanes(np.random.default_rng(3), 60)
+    assert Counter(due.kind for due in dues) == Counter(dict.fromkeys(LANES, TIMES))
+    alone = [due for due in dues if due.kind in ALONE]
+    assert min(due.at_s for due in alone) >= end_of([due for due in dues if due.kind not in ALONE])
+    assert all(due.joint in due.kind.joints for due in dues)
 
 
 def test_the_seed_makes_the_schedule():
@@ -58,7 +69,7 @@ def good() -> dict:
         "fired": {"PORT_LOST": TIMES},
         "control_fired": {"STOP_REQUESTED": 1},
         "violations": {"faults": {"position": 0, "jerk": 0}},
-        "runs": {"faults": {"goals_on_the_wire": 7, "goals_sent": 7}},
+        "runs": {"faults": {"problem": ""}},
         "memory_mb": {"faults": {"early": 100.0, "late": 101.0}},
     }
 
@@ -69,7 +80,7 @@ def good() -> dict:
         ("fired", {"PORT_LOST": TIMES - 1}, "PORT_LOST fired 4 times of 5"),
         ("control_fired", {"PORT_LOST": 1}, "fired in the run without faults"),
         ("violations", {"faults": {"position": 0, "jerk": 1}}, "limits violated"),
-        ("runs", {"faults": {"goals_on_the_wire": 7, "goals_sent": 8}}, "7 goals on the wire, 8 sent"),
+        ("runs", {"faults": {"problem": "7 goals came of 8 that were sent"}}, "faults: 7 goals came of 8"),
         ("memory_mb", {"faults": {"early": 100.0, "late": 105.0}}, "memory grew"),
     ],
 )
@@ -83,12 +94,72 @@ def test_memory_is_compared_after_the_start():
     assert memory_figures([300.0, 100.0, 100.0, 100.0, 101.0, 101.0]) == {"early": 100.0, "late": 101.0}
 
 
+class Ends:
+    """A runner whose legs end by what it is told, one after the other."""
+
+    def __init__(self, *faults: Fault) -> None:
+        self.faults = list(faults)
+        self.runs = 0
+
+    def run(self, leg: Leg, _: list[Due]) -> Told:
+        fault = self.faults[self.runs]
+        self.runs += 1
+        if fault is Fault.RUNTIME_HUNG:
+            return Told(leg, guardian={"event": "guardian", "fault": fault.name})
+        return Told(leg, ended={"ended_by": fault.name, "ticks": 9, "error": None})
+
+    def keep_spare(self) -> None:
+        pass
+
+
+class FakeTwin:
+    port, frames = "", {}
+
+
+def legs_of(runner: Ends, folder: Path) -> Legs:
+    return Legs(runner, soak_robot(), FakeTwin(), 0, folder)  # type: ignore[arg-type]
+
+
+class TestRepeats:
+    @pytest.mark.parametrize("machine", [Fault.BUS_DEAD, Fault.RUNTIME_HUNG])
+    def test_a_long_leg_that_the_machine_ended_is_run_once_more_and_told(self, machine: Fault, tmp_path: Path):
+        runner = Ends(machine, Fault.STOP_REQUESTED)
+        legs = legs_of(runner, tmp_path)
+        assert legs.run("faults", 60, [], check_long).ended_by == "STOP_REQUESTED"
+        assert [told.ended_by for told in legs.repeated] == [machine.name]
+
+    def test_but_not_twice(self, tmp_path: Path):
+        runner = Ends(Fault.BUS_DEAD, Fault.BUS_DEAD)
+        with pytest.raises(SoakFailed, match="BUS_DEAD after 9 ticks"):
+            legs_of(runner, tmp_path).run("faults", 60, [], check_long)
+        assert runner.runs == 2
+
+    def test_nor_what_no_machine_does(self, tmp_path: Path):
+        runner = Ends(Fault.SERVO_OVERLOAD)
+        with pytest.raises(SoakFailed, match="SERVO_OVERLOAD"):
+            legs_of(runner, tmp_path).run("faults", 60, [], check_long)
+
+    def test_a_short_leg_that_was_to_end_so_is_not_repeated(self, tmp_path: Path):
+        runner = Ends(Fault.BUS_DEAD)
+        kind = next(kind for kind in ENDINGS if kind.fault is Fault.BUS_DEAD)
+        assert legs_of(runner, tmp_path).run_short(kind, np.random.default_rng(0)).ended_by == "BUS_DEAD"
+        assert runner.runs == 1
+
+    def test_the_arm_of_a_soak_keeps_clear_of_table_and_cube(self):
+        low_m = as_json(soak_robot().config)["tool_low_m"]
+        assert low_m[2] == 0.05
+
+
 @pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_one_minute(tmp_path: Path):
-    """What a shared machine does to the times is no defect; a violated limit is, and a fault that nobody sees."""
+    """What must hold on any machine. What a busy one does to times, and fires by itself, is no defect."""
     main(["--minutes", "1", "--seed", "5", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "soak.json").read_text())
-    assert all(not any(counts.values()) for counts in result["violations"].values())
-    assert min(result["fired"].values()) >= TIMES
-    assert not [problem for problem in result["problems"] if "let go" in problem or "memory" in problem]
+    assert all(not any(counts.values()) for counts in result["violations"].values()), result["violations"]
+    assert min(result["fired"].values()) >= TIMES, result["fired"]
+    assert {name: run["goals"] for name, run in result["runs"].items()} == {
+        name: run["ticks"] for name, run in result["runs"].items()
+    }
+    problems = [problem for problem in result["problems"] if "between goals, p99" not in problem]
+    assert problems == [], "\n".join(problems)
