@@ -45,20 +45,23 @@ class Wire:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What was run. endings: the kind of each short leg. repeated: legs that a busy machine ended, and that count for
-    nothing but their violations."""
+    """What was run. endings: the kind of each short leg. again: legs with `hidden`, which had not fired often enough.
+    repeated: legs that a busy machine ended, and that count for nothing but their violations."""
 
     main: Told
     control: Told
     short: Sequence[Told]
     endings: Sequence[Kind]
+    again: Sequence[Told] = ()
+    hidden: frozenset[str] = frozenset()
     repeated: Sequence[Told] = ()
 
 
 def judge(story: Story, wire: Wire, wanted: frozenset[Fault]) -> dict[str, Any]:
     """The report: figures, and `problems`, which is empty when all is well."""
-    fired = fired_of([story.main, *story.short])
-    groups = {"faults": [story.main], "control": [story.control], "endings": story.short, "repeated": story.repeated}
+    fired = fired_of([story.main, *story.again, *story.short])
+    groups: dict[str, Sequence[Told]] = {"faults": [story.main], "control": [story.control], "endings": story.short}
+    groups |= {"again": story.again, "repeated": story.repeated}
     long = {told.leg.name: told for told in (story.main, story.control)}
     result: dict[str, Any] = {
         "seconds": {name: round(told.leg.seconds, 1) for name, told in long.items()},
@@ -67,6 +70,7 @@ def judge(story: Story, wire: Wire, wanted: frozenset[Fault]) -> dict[str, Any]:
         "violations": {name: asdict(violations_of(legs, wire)) for name, legs in groups.items() if legs},
         "runs": {name: run_figures(told, wire) for name, told in long.items()},
         "memory_mb": {name: memory_figures(told.memory_mb) for name, told in long.items()},
+        "again": sorted(story.hidden),
         "repeated": [f"{told.leg.name}, ended by {told.ended_by}" for told in story.repeated],
     }
     result["problems"] = [*problems(result), *ending_problems(story, wire)]
@@ -158,5 +162,6 @@ def as_text(result: Mapping[str, Any]) -> str:
             f"{name}: {run['goals']} goals came, {run['ticks']} were sent; {run['missed']} deadlines missed; "
             f"memory {memory['early']} MB early, {memory['late']} MB late"
         )
+    lines += [f"in a leg of its own, for it had not fired often enough: {fault}" for fault in result["again"]]
     lines += [f"repeated: {leg}" for leg in result["repeated"]]
     return "\n".join([*lines, "", *(f"PROBLEM  {problem}" for problem in result["problems"])]).rstrip()

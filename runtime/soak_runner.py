@@ -21,7 +21,7 @@ from onbeat.runtime.soak_schedule import PAUSE_S, Due
 from onbeat.runtime.soak_session import Leg
 
 LEG_END_S = 30.0
-COMPILE_S = 300.0  # before the first tick, where nothing was compiled yet
+COMPILE_S = 600.0  # before the first tick, where nothing was compiled yet
 OVER_S = 0.2  # for the twin to take note
 SAMPLE_S = 0.5
 

@@ -106,7 +106,7 @@ class Ends:
         self.runs += 1
         if fault is Fault.RUNTIME_HUNG:
             return Told(leg, guardian={"event": "guardian", "fault": fault.name})
-        return Told(leg, ended={"ended_by": fault.name, "ticks": 9, "error": None})
+        return Told(leg, ended={"ended_by": fault.name, "ticks": 9, "error": None, "faults": {}})
 
     def keep_spare(self) -> None:
         pass
@@ -138,6 +138,21 @@ class TestRepeats:
         runner = Ends(Fault.SERVO_OVERLOAD)
         with pytest.raises(SoakFailed, match="SERVO_OVERLOAD"):
             legs_of(runner, tmp_path).run("faults", 60, [], check_long)
+
+    def test_what_did_not_fire_often_enough_is_made_in_a_leg_of_its_own(self, tmp_path: Path):
+        runner = Ends(Fault.STOP_REQUESTED, Fault.STOP_REQUESTED)
+        legs = legs_of(runner, tmp_path)
+        main = Told(legs._leg("faults", 60, [], "hold"), ended={"faults": {"SERVO_HOT": TIMES, "CHUNK_STALE": 4}})
+        kinds = [kind for kind in LANES if kind.fault in (Fault.SERVO_HOT, Fault.CHUNK_STALE)]
+        (again, _) = legs.run_again(main, kinds, np.random.default_rng(0))
+        assert [act.kind for act in again.leg.acts] == ["stale"] * TIMES
+        assert legs.hidden == {"CHUNK_STALE"}
+        assert runner.runs == 2, "it never fires here, and nobody tries for ever"
+
+    def test_nothing_is_made_again_that_fired(self, tmp_path: Path):
+        legs = legs_of(Ends(), tmp_path)
+        main = Told(legs._leg("faults", 60, [], "hold"), ended={"faults": {"SERVO_HOT": TIMES}})
+        assert legs.run_again(main, [k for k in LANES if k.fault is Fault.SERVO_HOT], np.random.default_rng(0)) == []
 
     def test_a_short_leg_that_was_to_end_so_is_not_repeated(self, tmp_path: Path):
         runner = Ends(Fault.BUS_DEAD)
