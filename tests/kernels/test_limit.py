@@ -166,6 +166,13 @@ class TestFlags:
         assert self.flags(variant, 1.99e-3) == 0
         assert self.flags(variant, 2.01e-3) == ACCELERATION
 
+    def test_what_rounding_may_add_is_no_cut_and_a_little_more_is(self, variant: str):
+        """A period of 1 s and h = 1e-9 rad/s: a target of 2e-9 rad is cut by 1e-9 rad/s, which is TOLERANCE exactly."""
+        one = np.ones(1)
+        for target, flags in ((2e-9, 0), (3e-9, ACCELERATION)):
+            arguments = (0 * one, 0 * one, target * one, -one, one, one, 1e-9 * one, 1.0)
+            assert VARIANTS[variant](*arguments)[2] == flags
+
     def test_a_brake_that_is_too_weak_is_flagged(self, variant: str):
         assert self.flags(variant, 0.0, v=0.1) == 0
         assert self.flags(variant, 0.0, v=0.3) == ACCELERATION

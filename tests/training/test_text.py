@@ -1,5 +1,6 @@
 """The small tokenizer: one token per known word, every byte still representable, special tokens by name, stable ids."""
 
+import importlib
 import json
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_written_files_agree_with_each_other(tokenizer: Tokenizer, tmp_path)
 
 def test_the_slow_qwen2_reader_agrees(tokenizer: Tokenizer, tmp_path) -> None:
     """`transformers` builds its own tokenizer from the folder; it must give the ids we train with."""
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")  # takes seconds
     write_tokenizer(tokenizer, tmp_path)
     theirs = transformers.Qwen2Tokenizer.from_pretrained(str(tmp_path))
     text = "<|im_start|>user\nlift the cube <img></img><|state_start|>42<|im_end|>\n"
