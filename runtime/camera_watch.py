@@ -3,8 +3,9 @@
 The age of the newest frame is the tick's affair; here is what an age does not show.
 """
 
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,13 +59,16 @@ class CameraWatch:
         self._cameras, self._history, self._safety = cameras, history, safety
         self._views = [View() for _ in cameras]
 
-    def look(self, now_ns: int) -> None:
-        """Judge what has come since the last look. now_ns: monotonic."""
+    def look(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """Judge what has come since the last look. clock: monotonic ns, read after each frame.
+
+        Read before, a thread that is held up in between would find frames of the future.
+        """
         for camera, view in zip(self._cameras, self._views, strict=True):
             frame = camera.latest()
             position_rad = None if frame is None else self._history.at(frame.t_capture_ns)
             if frame is not None and position_rad is not None and frame is not view.frame:
-                view.take(frame, now_ns, position_rad)
+                view.take(frame, clock(), position_rad)
         for fault in (Fault.CAMERA_CLOCK, Fault.CAMERA_FROZEN, Fault.CAMERA_BLANK):
             set_condition(self._safety, fault, any(fault in view.faults for view in self._views))
         stamps = [0 if view.frame is None else view.frame.t_capture_ns for view in self._views]

@@ -232,7 +232,7 @@ class Session:
             pass
         ends_s, next_status_s = time.monotonic() + self.seconds, 0.0
         while not self.stop.wait(min(WATCH_PERIOD_S, max(0.0, ends_s - time.monotonic()))):
-            self.watch.look(time.monotonic_ns())
+            self.watch.look()
             if time.monotonic() >= next_status_s:
                 next_status_s = time.monotonic() + STATUS_PERIOD_S
                 self._look_around()

@@ -51,7 +51,9 @@ BEHIND = {
 }
 IMPORTED = ("numpy", "numba", "hypothesis.strategies", "hypothesis.extra.numpy", "_hypothesis_pytestplugin")
 PLAIN = {"NUMBA_DISABLE_JIT": "1", "ONBEAT_PLAIN": "1"}
-PLAIN_LIMIT_S, COMPILED_LIMIT_S = 45, 400  # a mutant that never ends is noticed as well
+SETTINGS = "_hypothesis_internal_use_settings"
+FEW_EXAMPLES = 20
+PLAIN_LIMIT_S, COMPILED_LIMIT_S = 120, 900  # a mutant that never ends is noticed as well
 
 # What changes nothing that could be seen: the line as it was and as it became -> why.
 EQUIVALENT: dict[tuple[str, str], str] = {
@@ -149,18 +151,21 @@ def is_noticed(mutant: Mutant, tree: Path, *, plain_only: bool) -> bool:
     place = tree / mutant.path
     place.write_text(mutant.source, encoding="utf-8")
     try:
-        if not passes_plain(tree, TESTS[mutant.path]):
+        if not all(passes_plain(tree, TESTS[mutant.path], examples) for examples in (FEW_EXAMPLES, None)):
             return True
         return not plain_only and not passes_compiled(tree, BEHIND[mutant.path])
     finally:
         shutil.copyfile(ROOT / mutant.path, place)
 
 
-def passes_plain(tree: Path, tests: Sequence[str]) -> bool:
-    """Tests in plain Python, in a fork of this process, which has imported everything but what is tested."""
+def passes_plain(tree: Path, tests: Sequence[str], examples: int | None = None) -> bool:
+    """Tests in plain Python, in a fork of this process, which has imported everything but what is tested.
+
+    examples: of each property at most; None for all.
+    """
     child = os.fork()
     if child == 0:
-        run_and_exit(tree, tests)
+        run_and_exit(tree, tests, examples)
     deadline_s = time.monotonic() + PLAIN_LIMIT_S
     while time.monotonic() < deadline_s:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -172,7 +177,7 @@ def passes_plain(tree: Path, tests: Sequence[str]) -> bool:
     return False
 
 
-def run_and_exit(tree: Path, tests: Sequence[str]) -> NoReturn:
+def run_and_exit(tree: Path, tests: Sequence[str], examples: int | None) -> NoReturn:
     """The tests of a fork. Same examples each time, and no search for the smallest one that fails."""
     os.chdir(tree)
     sys.path.insert(0, str(tree))
@@ -182,7 +187,21 @@ def run_and_exit(tree: Path, tests: Sequence[str]) -> NoReturn:
     quick = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
     hypothesis.settings.register_profile("mutation", phases=quick, derandomize=True, database=None)
     hypothesis.settings.load_profile("mutation")
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[PropertiesLast(examples)])))
+
+
+class PropertiesLast:
+    """Has pytest run the short tests first, and properties with a few examples only where that is asked."""
+
+    def __init__(self, examples: int | None) -> None:
+        self.examples = examples
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: hasattr(item.obj, "hypothesis"))
+        for function in (getattr(item.obj, "__func__", item.obj) for item in items):
+            own = getattr(function, SETTINGS, None)
+            if own is not None and self.examples is not None:
+                setattr(function, SETTINGS, hypothesis.settings(own, max_examples=min(self.examples, own.max_examples)))
 
 
 def passes_compiled(tree: Path, tests: Sequence[str]) -> bool:
@@ -240,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         tree = copy_tree(Path(scratch))
         for path in paths:
-            if not passes_plain(tree, TESTS[path]):
+            if not all(passes_plain(tree, TESTS[path], examples) for examples in (FEW_EXAMPLES, None)):
                 print(f"{path}: its tests fail without any change: mend them first", file=sys.stderr)
                 return 2
             for mutant in mutants(path):

@@ -1,5 +1,7 @@
 """What a camera's age does not show: a wrong clock, a picture that stands still, a lens that is covered."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -16,8 +18,10 @@ WATCHED = (Fault.CAMERA_CLOCK, Fault.CAMERA_FROZEN, Fault.CAMERA_BLANK)
 class Camera:
     name = "top"
     frame: Frame | None = None
+    on_latest: Callable[[], object] = staticmethod(lambda: None)
 
     def latest(self) -> Frame | None:
+        self.on_latest()
         return self.frame
 
     def close(self) -> None: ...
@@ -47,7 +51,7 @@ class Bench:
         return self.look()
 
     def look(self) -> set[Fault]:
-        self.watch.look(self.now_ns)
+        self.watch.look(lambda: self.now_ns)
         return {fault for fault in WATCHED if self.safety.inputs.conditions[fault]}
 
 
@@ -85,6 +89,13 @@ def test_a_stamp_from_the_future_is_a_wrong_clock(behind_ns: int):
     bench = Bench()
     assert bench.show(1, behind_ns=-4_000_000) == set(), "within the tolerance"
     assert bench.show(2, behind_ns=behind_ns) == {Fault.CAMERA_CLOCK}
+
+
+def test_a_frame_that_comes_while_the_watch_is_held_up_is_not_of_the_future():
+    bench = Bench()
+    bench.show(1)
+    bench.camera.on_latest = lambda: setattr(bench, "now_ns", bench.now_ns + 40_000_000)
+    assert bench.show(2, behind_ns=-30_000_000) == set(), "captured 30 ms after the look began, 10 ms before its end"
 
 
 @pytest.mark.parametrize("behind_ns", [FRAME_NS + 20_000_000, 5 * FRAME_NS])
