@@ -15,7 +15,7 @@ ROBOT = [
     "pyserial>=3.5",
     "onnxruntime>=1.20",
     "tokenizers>=0.20",
-    "mcap>=1.2",
+    "mcap>=1.6",
     "tomli>=2; python_version < '3.11'",
 ]
 EXTRAS = {
