@@ -47,8 +47,10 @@ class TickRing(NamedTuple):
 
     rows: (C,) of tick.RECORD. due_ns, start_ns: (C,) int64, monotonic. compute_ns, exchange_ns: how long the tick and
     the bus took; tell_ns: how long the tick *before* took from there to its end. outcome: of the exchange, as
-    `exchange_joints`. goal_rad, position_rad: (C, J), sent and last read. written, taken, dropped: (1,) int64; the loop
-    writes the first and the last, the thread that drains writes the second.
+    `exchange_joints`. goal_rad: (C, J), sent. What the tick saw, read in the exchange before: position_rad,
+    velocity_rad_s, load, temperature_c (C, J) float64, servo_status (C, J) uint8, bus_fault, retries (C,) int64 as in
+    safety.Inputs. written, taken, dropped: (1,) int64; the loop writes the first and the last, the thread that drains
+    writes the second.
     """
 
     rows: NDArray[np.void]
@@ -58,28 +60,31 @@ class TickRing(NamedTuple):
     exchange_ns: NDArray[np.int64]
     tell_ns: NDArray[np.int64]
     outcome: NDArray[np.int64]
+    bus_fault: NDArray[np.int64]
+    retries: NDArray[np.int64]
     goal_rad: NDArray[np.float64]
     position_rad: NDArray[np.float64]
+    velocity_rad_s: NDArray[np.float64]
+    load: NDArray[np.float64]
+    temperature_c: NDArray[np.float64]
+    servo_status: NDArray[np.uint8]
     written: NDArray[np.int64]
     taken: NDArray[np.int64]
     dropped: NDArray[np.int64]
 
 
-TICK_FIELDS = ("due_ns", "start_ns", "compute_ns", "exchange_ns", "tell_ns", "outcome", "goal_rad", "position_rad")
+TICK_WORDS = ("due_ns", "start_ns", "compute_ns", "exchange_ns", "tell_ns", "outcome", "bus_fault", "retries")
+TICK_JOINTS = ("goal_rad", "position_rad", "velocity_rad_s", "load", "temperature_c")
+TICK_FIELDS = (*TICK_WORDS, *TICK_JOINTS, "servo_status")
 
 
 def new_tick_ring(joints: int, capacity: int = RING_TICKS) -> TickRing:
     """An empty ring."""
     return TickRing(
         rows=np.zeros(capacity, RECORD),
-        due_ns=np.zeros(capacity, np.int64),
-        start_ns=np.zeros(capacity, np.int64),
-        compute_ns=np.zeros(capacity, np.int64),
-        exchange_ns=np.zeros(capacity, np.int64),
-        tell_ns=np.zeros(capacity, np.int64),
-        outcome=np.zeros(capacity, np.int64),
-        goal_rad=np.zeros((capacity, joints)),
-        position_rad=np.zeros((capacity, joints)),
+        **{name: np.zeros(capacity, np.int64) for name in TICK_WORDS},
+        **{name: np.zeros((capacity, joints)) for name in TICK_JOINTS},
+        servo_status=np.zeros((capacity, joints), np.uint8),
         written=np.zeros(1, np.int64),
         taken=np.zeros(1, np.int64),
         dropped=np.zeros(1, np.int64),
@@ -88,7 +93,10 @@ def new_tick_ring(joints: int, capacity: int = RING_TICKS) -> TickRing:
 
 @compiled
 def append_tick(ring, state, due_ns, start_ns, compute_ns, exchange_ns, tell_ns, outcome):
-    """Put the tick that `state` has just made into the ring; into a full one nothing goes, and that is counted."""
+    """Put the tick that `state` has just made into the ring; into a full one nothing goes, and that is counted.
+
+    Before `state` is told what the exchange brought: it goes to the next tick.
+    """
     written = ring.written[0]
     if written - load_acquire(ring.taken, 0) >= ring.rows.shape[0]:
         ring.dropped[0] += 1
@@ -97,8 +105,14 @@ def append_tick(ring, state, due_ns, start_ns, compute_ns, exchange_ns, tell_ns,
     ring.rows[k] = state.record[0]
     ring.due_ns[k], ring.start_ns[k], ring.outcome[k] = due_ns, start_ns, outcome
     ring.compute_ns[k], ring.exchange_ns[k], ring.tell_ns[k] = compute_ns, exchange_ns, tell_ns
+    inputs = state.safety.inputs
+    ring.bus_fault[k], ring.retries[k] = inputs.bus_fault[0], inputs.retries[0]
     copy_values(ring.goal_rad[k], state.command_q)
     copy_values(ring.position_rad[k], state.measured_q)
+    copy_values(ring.velocity_rad_s[k], state.measured_dq)
+    copy_values(ring.load[k], state.measured_load)
+    copy_values(ring.temperature_c[k], inputs.temperature_c)
+    copy_values(ring.servo_status[k], inputs.servo_status)
     store_release(ring.written, 0, written + 1)
 
 

@@ -28,7 +28,7 @@ from onbeat.runtime.safety import (
     note_late,
     watch,
 )
-from onbeat.runtime.timeline import EMPTY, SLOTS, Timeline, committed_target, new_timeline
+from onbeat.runtime.timeline import EMPTY, SLOTS, Timeline, chunks_in_sight, committed_target_of, new_timeline
 
 REFUSED = 16  # the last check failed: the previous command was kept
 STARTED = 32  # the first tick: the command is the measured position
@@ -60,6 +60,10 @@ RECORD = np.dtype(
         ("flags", np.int64),
         ("level", np.int64),  # of faults.Level
         ("faults", np.int64),  # bit k: faults.Fault(k) is there
+        ("number", np.int64),  # of ticks before this one
+        ("in_sight", np.int64),  # chunks published so far, 0 once they were withdrawn
+        ("seen", np.int64),  # bit k: an input showed faults.Fault(k) to this tick
+        ("frame_ns", np.int64),  # safety.Inputs.frame_ns as this tick saw it
     ]
 )
 
@@ -166,13 +170,14 @@ def tick(state, now_ns):
 
     state: TickState. now_ns: monotonic, or simulated. The first tick commands the measured position, at rest.
     """
-    chunk_id, t0_ns, row, fraction = committed_target(state.timeline, now_ns, state.target)
-    is_missing = math.isnan(state.target[0]) and state.timeline.published[0] > 0 and state.timeline.closed[0] == 0
+    in_sight = chunks_in_sight(state.timeline)
+    chunk_id, t0_ns, row, fraction = committed_target_of(state.timeline, in_sight, now_ns, state.target)
+    is_missing = math.isnan(state.target[0]) and in_sight > 0
     level = watch(state.safety, now_ns, is_missing, state.measured_load)
     flags = _start(state) if math.isnan(state.command_q[0]) else _move(state, level)
     flags |= _commit(state)
     _count(state.counters, flags)
-    _write_record(state, now_ns, chunk_id, t0_ns, row, fraction, flags)
+    _write_record(state, now_ns, in_sight, chunk_id, t0_ns, row, fraction, flags)
     store_release(state.timeline.progress_ns, 0, now_ns)
     return flags
 
@@ -320,7 +325,7 @@ def _count(counters, flags):
 
 
 @compiled
-def _write_record(state, now_ns, chunk_id, t0_ns, row, fraction, flags):
+def _write_record(state, now_ns, in_sight, chunk_id, t0_ns, row, fraction, flags):
     record = state.record[0]
     record.t_ns = now_ns
     record.chunk_id = chunk_id
@@ -330,6 +335,10 @@ def _write_record(state, now_ns, chunk_id, t0_ns, row, fraction, flags):
     record.flags = flags
     record.level = state.safety.level[0]
     record.faults = fault_bits(state.safety)
+    record.number = state.counters.ticks[0] - 1
+    record.in_sight = in_sight
+    record.seen = state.safety.seen[0]
+    record.frame_ns = state.safety.frame_ns[0]
 
 
 def flag_names(flags: int) -> list[str]:

@@ -61,6 +61,26 @@ def test_every_field_arrives_in_its_place_and_in_order(state: TickState):
     assert (ticks["goal_rad"] == order[:, None]).all()
 
 
+def test_what_the_tick_saw_arrives_with_it(state: TickState):
+    ring, log = new_tick_ring(2, 4), TickLog(20, 2)
+    inputs = state.safety.inputs
+    inputs.bus_fault[0], inputs.retries[0] = 3, 4
+    seen = {
+        "position_rad": state.measured_q,
+        "velocity_rad_s": state.measured_dq,
+        "load": state.measured_load,
+        "temperature_c": inputs.temperature_c,
+        "servo_status": inputs.servo_status,
+    }
+    for k, values in enumerate(seen.values()):
+        values[:] = [10 + k, 20 + k]
+    put(ring, state, 0)
+    log.take(ring)
+    ticks = log.arrays()
+    assert (ticks["bus_fault"], ticks["retries"]) == (3, 4)
+    assert {name: ticks[name][0].tolist() for name in seen} == {n: [10 + k, 20 + k] for k, n in enumerate(seen)}
+
+
 def test_a_thread_that_drains_meanwhile_gets_every_tick_once(state: TickState):
     ring, log, count = new_tick_ring(2, 64), TickLog(200_000, 2), 100_000
     writer = threading.Thread(target=put_many, args=(ring, state, count))
