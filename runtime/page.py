@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onbeat.runtime import chart
 from onbeat.runtime.measures import figure, histogram
 from onbeat.runtime.run_records import Attempt, ChunkRecord, RunRecords
-from onbeat.runtime.summary import FIELDS, STAGES, Field, Stage, stage_samples
+from onbeat.runtime.summary import FIELDS, LATENCY_HEADS, STAGES, Field, Stage, latency_cells, stage_samples
 
 COLUMNS = 900  # points drawn per curve: about one per pixel
 BINS = 48
@@ -44,7 +44,7 @@ def _error(report: Report) -> str:
 
 def _tiles(report: Report) -> str:
     low, high = (100 * share for share in report["success_interval"])
-    lateness, inference = report["stages"][STAGES["lateness"].name], report["inference"]
+    lateness, inference = (report["stages"][STAGES[key].name] for key in ("lateness", "inference"))
     tiles = (
         (report["successes"], f"of {report['attempts']}", "task success", f"95 %: {low:.0f}–{high:.0f} %"),
         (figure(report["rate_hz"], 1), "Hz", "loop rate", f"wanted {figure(report['rate_hz_wanted'], 0)} Hz"),
@@ -208,7 +208,7 @@ def _row(
 
 def _latency(report: Report, run: RunRecords) -> str:
     rows = "".join(_latency_row(stage, report["stages"][stage.name]) for stage in STAGES.values())
-    heads = "".join(f"<th>{name}</th>" for name in ("stage", "n", "p50, ms", "p95, ms", "p99, ms", "max, ms"))
+    heads = "".join(f"<th>{name}</th>" for name in ("stage", *LATENCY_HEADS))
     charts = "".join(_stage(STAGES[key].name, samples) for key, samples in stage_samples(run).items() if len(samples))
     return _section(
         "Latency, stage by stage",
@@ -219,8 +219,8 @@ def _latency(report: Report, run: RunRecords) -> str:
 
 
 def _latency_row(stage: Stage, latency: Mapping[str, Any]) -> str:
-    cells = "".join(f"<td>{figure(latency[key])}</td>" for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms"))
-    return f"<tr><td>{escape(stage.name)}<em>{escape(stage.meaning)}</em></td><td>{latency['n']}</td>{cells}</tr>"
+    cells = "".join(f"<td>{cell}</td>" for cell in latency_cells(latency))
+    return f"<tr><td>{escape(stage.name)}<em>{escape(stage.meaning)}</em></td>{cells}</tr>"
 
 
 def _stage(name: str, samples_ns: NDArray[np.int64]) -> str:

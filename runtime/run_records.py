@@ -16,20 +16,27 @@ from onbeat.runtime import record
 
 @dataclass(frozen=True, slots=True)
 class Ticks:
-    """The loop, tick by tick. due_ns, start_ns (T,) int64, monotonic clock; exchange_ns (T,) int64, a duration.
+    """The loop, tick by tick. due_ns, start_ns (T,) int64, monotonic clock; compute_ns, exchange_ns durations.
 
     goal_rad, position_rad (T, J) float64: sent and read. chunk_id, row (T,) int64: the chunk in force and its row, -1
-    when none was. flags (T,) int64: see tick.FLAG_NAMES.
+    when none was. flags (T,) int64: see tick.FLAG_NAMES. faults (T,) int64: bit k when faults.Fault(k) was there.
     """
 
     due_ns: NDArray[np.int64]
     start_ns: NDArray[np.int64]
+    compute_ns: NDArray[np.int64]
     exchange_ns: NDArray[np.int64]
     goal_rad: NDArray[np.float64]
     position_rad: NDArray[np.float64]
     chunk_id: NDArray[np.int64]
     row: NDArray[np.int64]
     flags: NDArray[np.int64]
+    faults: NDArray[np.int64]
+
+    @property
+    def sent_ns(self) -> NDArray[np.int64]:
+        """(T,): when the goals were handed to the servos."""
+        return self.start_ns + self.compute_ns
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,18 @@ def small_run(ticks: int = 400) -> RunRecords:
         header=HEADER,
         joints=("shoulder_pan", "gripper"),
         policy_period_ns=PERIOD_NS,
-        ticks=Ticks(due, start, rng.integers(MS, 2 * MS, ticks), goal, goal + 0.01, chunk_id, row, flags),
+        ticks=Ticks(
+            due_ns=due,
+            start_ns=start,
+            compute_ns=np.full(ticks, 10_000),
+            exchange_ns=rng.integers(MS, 2 * MS, ticks),
+            goal_rad=goal,
+            position_rad=goal + 0.01,
+            chunk_id=chunk_id,
+            row=row,
+            flags=flags,
+            faults=np.zeros(ticks, np.int64),
+        ),
         missed_ticks=3,
         chunks=chunks,
         faults={"no_reply": 2},
@@ -113,7 +124,7 @@ def test_figures_are_those_of_the_records():
     assert figures["delay_used"] == {"2": 18}
     assert figures["delay_executed"] == {"2": 17, "3": 1}
     assert figures["delay_exceeded"] == 1
-    assert figures["inference"]["p50_ms"] == pytest.approx(49)
+    assert figures["stages"]["inference"]["p50_ms"] == pytest.approx(49)
     assert figures["reaction"]["max_ms"] == pytest.approx(78)
     assert (figures["attempts"], figures["successes"]) == (2, 1)
     assert figures["success_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
