@@ -66,6 +66,10 @@ TICK_RECORD = (
     Field("flags", "int64", "", "bits", "what shaped the command: tick.FLAG_NAMES"),
     Field("level", "int64", "", "", "the reaction in force: faults.Level"),
     Field("faults", "int64", "", "bits", "bit k: faults.Fault(k) is there"),
+    Field("number", "int64", "", "", "of ticks before this one; a gap is a tick that was not recorded"),
+    Field("in_sight", "int64", "", "", "chunks published so far, as this tick saw it; 0 once they were withdrawn"),
+    Field("seen", "int64", "", "bits", "bit k: an input showed faults.Fault(k) to this tick"),
+    Field("frame_ns", "int64", "", "ns", "stamp of the newest frame of the slowest camera, as this tick saw it"),
 )
 
 # What the loop adds.
@@ -76,21 +80,31 @@ TICK_LOOP = (
     Field("exchange_ns", "int64", "", "ns", "how long the exchange with the servos took"),
     Field("tell_ns", "int64", "", "ns", "how long the tick before took from there to its end"),
     Field("outcome", "int64", "", "", "of the exchange: a fault code of feetech.protocol, 0 when good"),
+    Field("bus_fault", "int64", "", "", "outcome of the exchange before, as this tick saw it"),
+    Field("retries", "int64", "", "", "attempts of exchanges that had failed by then"),
     Field("goal_rad", "float64", "J", "rad", "sent"),
-    Field("position_rad", "float64", "J", "rad", "last read"),
+    Field("position_rad", "float64", "J", "rad", "read in the exchange before: what this tick saw"),
+    Field("velocity_rad_s", "float64", "J", "rad/s", "read with it"),
+    Field("load", "float64", "J", "of stall", "read with it"),
+    Field("temperature_c", "float64", "J", "C", "read with it"),
+    Field("servo_status", "uint8", "J", "bits", "read with it: the servo's error byte"),
 )
 
 CHUNK_STAGES = ("camera_age", "observe", "prefix", "flow", "publish")
 
 CHUNK = (
+    Field("number", "int64", "", "", "of inferences before this one; a gap is one that was not recorded"),
     Field("chunk_id", "int64", "", "", "as in /tick, -1 when it was refused"),
     Field("observed_ns", "int64", "", "ns", "capture of its observation, monotonic clock; `t_ns` of /observation"),
     Field("t0_ns", "int64", "", "ns", "when row 0 is due: then, or in mode sync when the chunk was published"),
     Field("started_ns", "int64", "", "ns", "the inference began, monotonic clock"),
+    Field("inferred_ns", "int64", "", "ns", "the chunk was there and was handed to the loop, monotonic clock"),
+    Field("met_ns", "int64", "", "ns", "the last tick's time at that moment, timeline.NEVER before the first"),
     Field("published_ns", "int64", "", "ns", "the loop could see the chunk, monotonic clock"),
     Field("rows", "int64", "", "", "how many the chunk has"),
     Field("budget", "int64", "", "policy steps", "the delay d that was planned with"),
     Field("delay", "int64", "", "policy steps", "rows locked to what was committed"),
+    Field("executed", "int64", "", "policy steps", "rows that were due when it came: the delay it really had"),
     Field("first_row", "int64", "", "", "the first row of its own, or why it was refused: timeline.REFUSALS"),
     Field("camera_age_ns", "int64", "", "ns", "capture of the oldest frame to the start of the inference"),
     Field("observe_ns", "int64", "", "ns", "frames and joints to network inputs"),
@@ -125,6 +139,7 @@ HEADER = (
     Field("rate_hz", "number", "", "Hz", "of the control loop"),
     Field("versions", "object", "", "", "Python, Onbeat and the packages that a timing or result may depend on"),
     Field("git_commit", TEXT, "", "", "of the checkout, with + when files differ; null when installed"),
+    Field("backend", "object", "", "", "what the rounding of an inference depends on: flight/backend.py"),
     Field("bundle_sha256", TEXT, "", "", "of the bundle's manifest, which has the hash of every file; or null"),
     Field("calibration_sha256", TEXT, "", "", "of the calibration file; null without one"),
 )

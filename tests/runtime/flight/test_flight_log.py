@@ -65,9 +65,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("topic", CDR_TOPICS)
 def test_eight_byte_fields_stand_first_and_text_last(topic: str):
-    kinds = [8 if f.kind.endswith("64") else 4 if f.kind.endswith("32") else 0 for f in BY_TOPIC[topic].fields]
+    sizes = {"int64": 8, "float64": 8, "float32": 4, "uint8": 1, TEXT: 0}
+    kinds = [sizes[f.kind] for f in BY_TOPIC[topic].fields]
     assert kinds == sorted(kinds, reverse=True)
-    assert all(f.kind == TEXT for f, kind in zip(BY_TOPIC[topic].fields, kinds, strict=True) if kind == 0)
 
 
 def test_names_and_letters_of_the_table_are_known():
@@ -137,6 +137,7 @@ def test_another_decoder_of_cdr_reads_the_same(folder: Path):
                 if isinstance(expected, str):
                     assert got == expected
                 else:
+                    got = list(got) if isinstance(got, bytes) else got
                     np.testing.assert_array_equal(np.asarray(got, expected.dtype).reshape(expected.shape), expected)
     image = seen["/camera/top"][1]
     assert (image.header.stamp.sec, image.header.stamp.nanosec) == (5, 1)
