@@ -11,7 +11,7 @@ import pytest
 from onbeat.drivers.feetech.protocol import OK
 from onbeat.drivers.twin.records import Recorder, TruthLine
 from onbeat.kernels.limit import ACCELERATION, HELD, VELOCITY
-from onbeat.runtime import page, record, report
+from onbeat.runtime import record, report, report_page
 from onbeat.runtime.measures import summarise_ns
 from onbeat.runtime.record import ChunkLog, TickLog, append_tick, new_tick_ring
 from onbeat.runtime.run_records import Attempt, ChunkRecord, RunRecords, Ticks, Truth
@@ -98,7 +98,7 @@ def test_a_run_without_a_single_tick_has_a_report():
     assert figures["rate_hz"] is None
     assert figures["stages"]["flow"]["p50_ms"] is None
     assert (figures["attempts"], figures["success_rate"], figures["missed_ticks_wire"]) == (0, None, None)
-    assert "Every figure" in page.render(figures, bare)
+    assert "Every figure" in report_page.render(figures, bare)
     assert "bus exchange" in as_text(figures)
 
 
@@ -164,7 +164,7 @@ def test_text_table_has_every_stage_and_headline():
 
 def test_page_shows_every_field_stage_joint_and_view():
     run = small_run()
-    html = unescape(page.render(summarise(run), run))
+    html = unescape(report_page.render(summarise(run), run))
     for field in FIELDS:
         assert field.name == "stages" or f"<td>{field.name}</td>" in html or f"{field.name}:" in html, field
     for stage in STAGES.values():
@@ -174,13 +174,13 @@ def test_page_shows_every_field_stage_joint_and_view():
 
 
 def test_page_asks_nothing_of_any_other_place():
-    html = page.render(summarise(small_run()), small_run())
+    html = report_page.render(summarise(small_run()), small_run())
     assert not re.search(r"https?://|//[a-z]|@import|<script|<link|url\(", html.replace("</", "<"))
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', html))
 
 
 def test_page_escapes_what_comes_from_outside():
-    html = page.render(summarise(small_run()), small_run())
+    html = report_page.render(summarise(small_run()), small_run())
     assert "lift &lt;the&gt; cube &amp; hold" in html
     assert "alert(1)" in html
     assert "<script" not in html
@@ -188,13 +188,13 @@ def test_page_escapes_what_comes_from_outside():
 
 def test_page_says_why_a_run_ended_early():
     run = replace(small_run(), header={**HEADER, "error": "servo 3 did not reply"})
-    assert "ended early: servo 3 did not reply" in page.render(summarise(run), run)
+    assert "ended early: servo 3 did not reply" in report_page.render(summarise(run), run)
 
 
 def test_timeline_shows_executed_and_locked_rows_of_the_middle():
     run = small_run()
-    html = page.render(summarise(run), run)
-    assert "chunk 9, row 1: executed" in html
+    html = report_page.render(summarise(run), run)
+    assert "chunk 9, row 1: executed, 100 ms old" in html
     assert "chunk 9, row 0: locked" in html
     assert "chunk 9, row 7: not executed" in html
     assert "chunk 0, row 1" not in html
