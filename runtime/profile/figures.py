@@ -1,0 +1,284 @@
+"""The figures of a profile, from the records of a run: profile.json, field by field.
+
+Stages are those of `summary.STAGES`, computed there. What belongs to the profile alone stands here: the start counted
+apart, how far each figure may move by itself, the ages of what was executed, and the machine beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onbeat.kernels.limit import HELD
+from onbeat.runtime.measures import summarise_ns, supports
+from onbeat.runtime.profile.spread import cut, halves_spread
+from onbeat.runtime.run_records import MachineRecords, RunRecords
+from onbeat.runtime.summary import STAGES, Field, stage_samples, summarise
+
+SCHEMA: Final = 1  # of profile.json; a higher one is written when a reader of this one would misread it
+START_NS: Final = 1_000_000_000  # of a run, counted apart: caches and clocks are still cold
+JUDGED: Final = (50.0, 95.0, 99.0)  # percentiles that runs are compared by
+UNKNOWN: Final = "not known here"
+
+FIELDS: Final = (
+    Field("schema", "number", "version of this table"),
+    Field("log", "path", "what was read"),
+    Field("log_problems", "list", "what the flight log lacks, and why"),
+    Field("started", "ISO 8601, wall clock", "when the run began"),
+    Field("duration_s", "s", "first tick to last"),
+    Field("robot", "name", "the robot config that ran"),
+    Field("instruction", "text", "what the policy was asked to do"),
+    Field("mode", "name", "how chunks join"),
+    Field("error", "text or null", "why the run ended early"),
+    Field("config", "object", "the effective config"),
+    Field("versions", "name: version", "Python, Onbeat and the packages that matter for timing"),
+    Field("git_commit", "hash or null", "of the checkout that ran"),
+    Field("bundle_sha256", "hash or null", "of the bundle's manifest"),
+    Field("real_time", "what: got or not", "what the loop's thread asked of the operating system"),
+    Field("conditions", "object", "machine, clocks, power mode, temperatures, throttling: null where not known"),
+    Field("stages", "name: n, ms", "of every stage after the start; aa_*_ms: how far halves of this run lie apart"),
+    Field("cold", "object, ms", "warm-up inferences, and the stages of the first second, counted apart"),
+    Field("rate_hz_wanted", "Hz", "control loop rate of the config"),
+    Field("rate_hz", "Hz", "ticks that ran / duration"),
+    Field("ticks", "count", "ticks that ran"),
+    Field("missed_ticks", "count", "deadlines whose whole period was gone"),
+    Field("held_ticks", "count", "ticks on which no row of a chunk was due"),
+    Field("policy_period_ms", "ms", "between two rows of a chunk"),
+    Field("chunks", "count", "chunks published in time"),
+    Field("chunks_refused", "why: count", "chunks that never ran"),
+    Field("delay_budget", "policy steps: chunks", "the delay d that a chunk was planned with"),
+    Field("delay_executed", "policy steps: chunks", "rows that ran as committed before the chunk came"),
+    Field("delay_exceeded", "count", "chunks whose executed delay was above their budget"),
+    Field("action_age", "n, ms", "capture of the observation to the command, of every tick that ran a chunk"),
+    Field("threads", "name: object", "cpu_share, wait_share of the run; faults, preemptions: counts"),
+    Field("memory", "object", "first_bytes, last_bytes, peak_bytes resident; minor_faults, major_faults: counts"),
+    Field("faults", "kind: count", "bus and camera faults"),
+)
+
+
+def measure(run: RunRecords, log: str) -> dict[str, Any]:
+    """profile.json: exactly the fields of FIELDS, in their order. log: what the records were read from."""
+    report, warm = summarise(run), after_start(run)
+    values = {
+        **report,
+        "schema": SCHEMA,
+        "log": log,
+        "conditions": conditions(run.machine),
+        "stages": stages(warm),
+        "cold": cold(run),
+        "policy_period_ms": run.policy_period_ns / 1e6,
+        "action_age": asdict(summarise_ns(action_ages(warm)[1])),
+        "threads": threads(run.machine),
+        "memory": memory(run.machine),
+    }
+    return {field.name: values[field.name] for field in FIELDS}
+
+
+def after_start(run: RunRecords) -> RunRecords:
+    """The run without its start."""
+    return _between(run, _start_ends_ns(run), None)
+
+
+def _start_ends_ns(run: RunRecords) -> int:
+    return int(run.ticks.due_ns[0]) + START_NS if len(run.ticks.due_ns) else 0
+
+
+def _between(run: RunRecords, from_ns: int | None, until_ns: int | None) -> RunRecords:
+    """Its ticks due, and its chunks whose inference began, in a span of time."""
+    low, high = (-(2**62) if from_ns is None else from_ns), (2**62 if until_ns is None else until_ns)
+    keep = (run.ticks.due_ns >= low) & (run.ticks.due_ns < high)
+    ticks = type(run.ticks)(**{name: getattr(run.ticks, name)[keep] for name in run.ticks.__slots__})
+    return replace(run, ticks=ticks, chunks=tuple(chunk for chunk in run.chunks if low <= chunk.started_ns < high))
+
+
+def stages(run: RunRecords) -> dict[str, dict[str, Any]]:
+    """Name -> n, percentiles, and for each percentile that is judged how far halves of the run lie apart."""
+    return {STAGES[key].name: _stage(samples) for key, samples in stage_samples(run).items()}
+
+
+def _stage(samples_ns: NDArray[np.int64]) -> dict[str, Any]:
+    return {**asdict(summarise_ns(samples_ns)), **{spread_name(p): _spread_ms(samples_ns, p) for p in JUDGED}}
+
+
+def spread_name(percent: float) -> str:
+    """The A/A spread of a percentile in profile.json."""
+    return f"aa_p{percent:g}_ms"
+
+
+def _spread_ms(samples_ns: NDArray[np.int64], percent: float) -> float | None:
+    blocks = cut(samples_ns) if supports(len(samples_ns) // 2, percent) else None
+    return None if blocks is None else halves_spread(blocks, percent) / 1e6
+
+
+def cold(run: RunRecords) -> dict[str, Any]:
+    """What is in no other figure: the warm-up inferences, and the first second."""
+    start = _between(run, None, _start_ends_ns(run))
+    return {
+        "warm_up_ms": [took_ns / 1e6 for took_ns in run.warm_up_ns],
+        "start_s": START_NS / 1e9,
+        "stages": {STAGES[key].name: asdict(summarise_ns(values)) for key, values in stage_samples(start).items()},
+    }
+
+
+def action_ages(run: RunRecords) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(when sent, how old the observation was) in ns of every tick that ran a row of a chunk."""
+    observed = {chunk.chunk_id: chunk.observed_ns for chunk in run.chunks if chunk.chunk_id >= 0}
+    ticks, ids = run.ticks, np.array(sorted(observed), np.int64)
+    ran = np.isin(ticks.chunk_id, ids) & (ticks.flags & HELD == 0)
+    sent_ns, chunk_id = ticks.sent_ns[ran], ticks.chunk_id[ran]
+    seen_ns = np.array([observed[k] for k in ids.tolist()], np.int64)
+    return sent_ns, sent_ns - seen_ns[np.searchsorted(ids, chunk_id)] if len(ids) else sent_ns
+
+
+def threads(machine: MachineRecords | None) -> dict[str, dict[str, Any]]:
+    """What each thread used between the first sample and the last; empty where nobody looked."""
+    if machine is None or len(machine.samples) < 2:
+        return {}
+    span_ns = float(machine.samples["t_ns"][-1] - machine.samples["t_ns"][0])
+    used = {name: machine.samples[name][-1] - machine.samples[name][0] for name in THREAD_COUNTS}
+    return {
+        name: {
+            "cpu_share": float(used["cpu_ns"][k] / span_ns),
+            "wait_share": float(used["wait_ns"][k] / span_ns),
+            **{count: int(used[count][k]) for count in THREAD_COUNTS[2:]},
+        }
+        for k, name in enumerate(machine.about["threads"])
+    }
+
+
+THREAD_COUNTS: Final = ("cpu_ns", "wait_ns", "minor_faults", "major_faults", "sleeps", "preemptions")
+
+
+def memory(machine: MachineRecords | None) -> dict[str, Any] | None:
+    """Of the process; null where nobody looked."""
+    if machine is None or len(machine.samples) == 0:
+        return None
+    resident = machine.samples["resident_bytes"]
+    faults = {name: machine.samples[name] for name in ("minor_faults", "major_faults")}
+    return {
+        "first_bytes": int(resident[0]),
+        "last_bytes": int(resident[-1]),
+        "peak_bytes": int(resident.max()),
+        **{name: int((counts[-1] - counts[0]).sum()) for name, counts in faults.items()},
+    }
+
+
+PLAIN: Final = ("model", "release", "kernel", "cores", "memory_bytes", "power_mode", "cpu_governor", "gpu_governor")
+KINDS: Final = {
+    "clocks_hz": ("cpu clock", "gpu clock", "emc clock"),
+    "temperatures_c": ("temperature",),
+    "throttling_share": ("throttling",),
+    "throttle_counts": ("over-current", "thermal throttle"),
+    "power_w": ("power",),
+    "fan_rpm": ("fan",),
+}
+
+
+def conditions(machine: MachineRecords | None) -> dict[str, Any]:
+    """What the figures were taken under. None: not known here."""
+    if machine is None:
+        return dict.fromkeys((*PLAIN, "load", "busy_share", "stolen_share", *KINDS))
+    about, samples = machine.about, machine.samples
+    return {
+        **{name: about.get(name) for name in PLAIN},
+        "load": float(np.mean(samples["load"])) if len(samples) else None,
+        "busy_share": _share(samples, "busy_ns", about.get("cores")),
+        "stolen_share": _share(samples, "stolen_ns", about.get("cores")),
+        **{name: _probes(machine, kinds) for name, kinds in KINDS.items()},
+    }
+
+
+def _share(samples: NDArray[np.void], counter: str, cores: int | None) -> float | None:
+    """Of all processors' time between the first sample and the last."""
+    if len(samples) < 2 or cores is None or samples[counter][0] < 0:
+        return None
+    span_ns = float(samples["t_ns"][-1] - samples["t_ns"][0])
+    return float(samples[counter][-1] - samples[counter][0]) / (span_ns * cores)
+
+
+def _probes(machine: MachineRecords, kinds: Sequence[str]) -> dict[str, Any] | None:
+    """Of every probe of these kinds that ever said something; None when there is none."""
+    found = {name: _probe(machine, k, name) for k, name in enumerate(machine.about["probes"]) if name.startswith(kinds)}
+    return {name: value for name, value in found.items() if value is not None} or None
+
+
+def _probe(machine: MachineRecords, k: int, name: str) -> Any:
+    """States as the share of samples that throttle, counts as what was added, all else as least, middle and most."""
+    values = machine.samples["probes"][:, k]
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return None
+    unit = machine.about["units"][k]
+    if unit == "state":
+        return float(np.mean(values > 0))
+    if unit == "count":
+        return int(values[-1] - values[0])
+    low, high = machine.about.get("bounds", {}).get(name, (None, None))
+    return {
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "max": float(values.max()),
+        "lowest_allowed": low,
+        "highest_allowed": high,
+    }
+
+
+def conditions_words(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, value) for people: what must stand beside every figure of latency, known or not."""
+    cores = f", {values['cores']} processors" if values["cores"] else ""
+    return [
+        ("machine", f"{values['model'] or UNKNOWN}{cores}"),
+        ("power mode", str(values["power_mode"] or UNKNOWN)),
+        ("clocks", _clock_words(values)),
+        ("temperature", _hottest_words(values["temperatures_c"])),
+        ("throttling", _throttle_words(values)),
+        ("load", _load_words(values)),
+    ]
+
+
+def _clock_words(values: Mapping[str, Any]) -> str:
+    if values["clocks_hz"] is None:
+        return UNKNOWN
+    words = [f"{name.replace(' clock', '')} {_clock(clock)}" for name, clock in values["clocks_hz"].items()]
+    governor = f" (governor {values['cpu_governor']})" if values["cpu_governor"] else ""
+    return ", ".join(words) + governor
+
+
+def _clock(clock: Mapping[str, Any]) -> str:
+    low, high = clock["min"] / 1e6, clock["max"] / 1e6
+    pinned = (
+        " pinned" if clock["lowest_allowed"] is not None and clock["lowest_allowed"] == clock["highest_allowed"] else ""
+    )
+    return f"{high:.0f} MHz{pinned}" if low == high else f"{low:.0f} to {high:.0f} MHz"
+
+
+def _hottest_words(temperatures: Mapping[str, Any] | None) -> str:
+    if temperatures is None:
+        return UNKNOWN
+    name, hottest = max(temperatures.items(), key=lambda item: item[1]["max"])
+    return f"up to {hottest['max']:.0f} °C ({name.removeprefix('temperature ')})"
+
+
+def _throttle_words(values: Mapping[str, Any]) -> str:
+    shares, counts = values["throttling_share"], values["throttle_counts"]
+    if shares is None and counts is None:
+        return UNKNOWN
+    active = [
+        f"{name.removeprefix('throttling ')} {share:.0%} of the time" for name, share in (shares or {}).items() if share
+    ]
+    active += [f"{name} {count} times" for name, count in (counts or {}).items() if count]
+    return ", ".join(active) or "none"
+
+
+def _load_words(values: Mapping[str, Any]) -> str:
+    if values["load"] is None:
+        return UNKNOWN
+    shares = ((values["busy_share"], "busy"), (values["stolen_share"], "stolen"))
+    return ", ".join([f"{values['load']:.1f}", *(f"{share:.0%} {what}" for share, what in shares if share is not None)])
+
+
+def is_throttled(values: Mapping[str, Any]) -> bool:
+    """Whether the machine said that it slowed itself down."""
+    return any((values["throttling_share"] or {}).values()) or any((values["throttle_counts"] or {}).values())
