@@ -12,7 +12,15 @@ from typing import Any
 from onbeat.drivers.twin.records import TRUTH_FILE
 from onbeat.runtime import report_page
 from onbeat.runtime.flight.reader import Log, read_log
-from onbeat.runtime.run_records import RunRecords, read_chunks, read_ticks, read_truth
+from onbeat.runtime.run_records import (
+    CHUNK_FIELDS,
+    STAGE_FIELDS,
+    TICK_FIELDS,
+    RunRecords,
+    read_chunks,
+    read_ticks,
+    read_truth,
+)
 from onbeat.runtime.summary import as_text, summarise
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"

@@ -23,8 +23,9 @@ from onbeat.drivers.twin.records import read_truth
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.bundle import load_bundle
 from onbeat.runtime.daemon import DaemonConfig
+from onbeat.runtime.flight.encoding import FORMS, PNG
+from onbeat.runtime.flight.reader import LOG_FOLDER
 from onbeat.runtime.modes import MODES, choose_mode
-from onbeat.runtime.record import RUN_FILE
 from onbeat.runtime.report import PAGE_FILE, TWIN_FOLDER, write_report
 from onbeat.runtime.robots import ROBOTS, Robot, RobotConfig, as_json, build_robot, limits_table, load_robot
 from onbeat.runtime.summary import as_text
@@ -33,6 +34,7 @@ DEFAULT_BUNDLE = Path("bundles/so101-lift")
 DEFAULT_INSTRUCTION = "lift the red cube"
 FIRST_WORLD_SEED = 200_000  # training and `evaluate` use worlds below
 LOG_FILE = "daemon.log"
+LEAST_LOG_MB = 10
 END_S = 20.0  # for the daemon, after it was asked to stop
 LIVE_PERIOD_S = 5.0  # between two live lines where they cannot overwrite each other
 
@@ -62,6 +64,8 @@ class RunOptions:
     threads: int
     mode: str = ""
     allow_untrained_prefix: bool = False
+    log_budget_mb: float = 2000.0
+    log_frames: str = PNG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +90,7 @@ def run(options: RunOptions) -> int:
     print("starting; on a new machine the control loop is compiled first, about half a minute", file=screen)
     with interrupts_raise(), devices(robot.config, options, folder) as config:
         failure = supervise(daemon_config(config, options, folder), folder, screen)
-    if (folder / RUN_FILE).exists():
+    if (folder / LOG_FOLDER).exists():
         show_report(write_report(folder), folder, is_json=options.is_json)
     if failure is not None:
         raise DaemonFailed(failure)
@@ -110,6 +114,8 @@ def check(options: RunOptions) -> Robot:
         _check_real(robot.config, options)
     if not 0 < options.seconds < math.inf:
         raise RunRefused(f"--seconds {options.seconds}: give a time above 0")
+    if not LEAST_LOG_MB <= options.log_budget_mb < math.inf:
+        raise RunRefused(f"--log-budget-mb {options.log_budget_mb:g}: give {LEAST_LOG_MB} or more")
     if options.threads < 1:
         raise RunRefused(f"--threads {options.threads}: give 1 or more")
     bundle = load_bundle(options.bundle)
@@ -184,6 +190,8 @@ def daemon_config(config: RobotConfig, options: RunOptions, folder: Path) -> Dae
         threads=options.threads,
         mode=options.mode,
         allow_untrained_prefix=options.allow_untrained_prefix,
+        log_budget_bytes=round(options.log_budget_mb * 1e6),
+        log_frames=options.log_frames,
     )
 
 
@@ -318,9 +326,11 @@ def parse(argv: Sequence[str] | None) -> RunOptions:
     parser.add_argument("--instruction", default=DEFAULT_INSTRUCTION, help="what the policy is asked to do")
     parser.add_argument("--port", default="", help="servo bus of a real arm")
     parser.add_argument("--arm", action="store_true", dest="is_armed", help="a real arm may move")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the run's records and report")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the run's log and report")
     parser.add_argument("--threads", type=int, default=1, help="of the inference engine")
     parser.add_argument("--mode", default="", help=f"how chunks join: {', '.join(MODES)}; empty: the checkpoint's own")
     parser.add_argument("--allow-untrained-prefix", action="store_true", help="keep rows that training never did")
+    parser.add_argument("--log-budget-mb", type=float, default=2000.0, help="of disk for the flight log, MB")
+    parser.add_argument("--log-frames", choices=FORMS, default=PNG, help="how frames are kept; png loses nothing")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print the report as JSON")
     return RunOptions(**vars(parser.parse_args(argv)))

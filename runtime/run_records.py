@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.drivers.twin import records
-from onbeat.runtime import record
+from onbeat.runtime.flight.messages import CHUNK_STAGES
 
 # T ticks, J joints, N samples, G goals.
 
@@ -45,7 +45,7 @@ class ChunkRecord:
 
     chunk_id: -1 when it was refused. rows: its length. budget: the delay d it was planned with. delay: rows locked to
     what was committed. first_row: the first of its own, or why it was refused: timeline.REFUSALS. stages_ns: name of
-    record.STAGES -> duration.
+    messages.CHUNK_STAGES -> duration.
     """
 
     chunk_id: int
@@ -83,10 +83,22 @@ class Truth:
 
 
 @dataclass(frozen=True, slots=True)
+class MachineRecords:
+    """The machine beside the loop. samples: (N,) with the fields of profile.machine.MachineSample, in order of time.
+
+    about: as `MachineSampler.about` says: names of the threads and probes, bounds, and what does not change.
+    """
+
+    about: Mapping[str, Any]
+    samples: NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecords:
     """All that was recorded. header: what ran, by names of summary.FIELDS. truth: None for a real arm.
 
-    pictures: view name -> PNG or JPEG bytes. missed_ticks, faults: as the loop and the bus counted them.
+    pictures: view name -> PNG or JPEG bytes. missed_ticks, faults: as the loop and the bus counted them. warm_up_ns:
+    of the inferences before the run, the first of them cold. machine: None where it was not recorded.
     """
 
     header: Mapping[str, Any]
@@ -98,21 +110,28 @@ class RunRecords:
     faults: Mapping[str, int]
     truth: Truth | None
     pictures: Mapping[str, bytes]
+    warm_up_ns: tuple[int, ...] = ()
+    machine: MachineRecords | None = None
 
 
-def read_ticks(arrays: Mapping[str, NDArray[Any]]) -> Ticks:
-    """From the arrays of ticks.npz."""
-    return Ticks(**{field.name: arrays[field.name] for field in fields(Ticks)})
+TICK_FIELDS = tuple(field.name for field in fields(Ticks))
+CHUNK_FIELDS = tuple(field.name for field in fields(ChunkRecord) if field.name != "stages_ns")
+STAGE_FIELDS = tuple(f"{stage}_ns" for stage in CHUNK_STAGES)
 
 
-def read_chunks(arrays: Mapping[str, NDArray[Any]]) -> tuple[ChunkRecord, ...]:
-    """From the arrays of chunks.npz."""
-    return tuple(_chunk(arrays, k) for k in range(len(arrays["t0_ns"])))
+def read_ticks(records: NDArray[np.void]) -> Ticks:
+    """From records of /tick (T,) with TICK_FIELDS."""
+    return Ticks(**{name: records[name] for name in TICK_FIELDS})
 
 
-def _chunk(arrays: Mapping[str, NDArray[Any]], k: int) -> ChunkRecord:
-    plain = {field.name: int(arrays[field.name][k]) for field in fields(ChunkRecord) if field.name != "stages_ns"}
-    return ChunkRecord(**plain, stages_ns={stage: int(arrays[f"{stage}_ns"][k]) for stage in record.STAGES})
+def read_chunks(records: Iterable[Any]) -> tuple[ChunkRecord, ...]:
+    """From records of /chunk, or what is told to make one: each a mapping with CHUNK_FIELDS and STAGE_FIELDS."""
+    return tuple(_chunk(record) for record in records)
+
+
+def _chunk(record: Mapping[str, Any]) -> ChunkRecord:
+    stages_ns = {stage: int(record[name]) for stage, name in zip(CHUNK_STAGES, STAGE_FIELDS, strict=True)}
+    return ChunkRecord(**{name: int(record[name]) for name in CHUNK_FIELDS}, stages_ns=stages_ns)
 
 
 def read_truth(folder: Path) -> Truth:

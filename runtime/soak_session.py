@@ -24,11 +24,15 @@ from onbeat.drivers.feetech.device import BusSettings, FeetechBus
 from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.daemon import Session, say_on_stdout
+from onbeat.runtime.daemon import Session, outcome, say_on_stdout
 from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.faults import Fault
+from onbeat.runtime.flight.header import make_header
+from onbeat.runtime.flight.reader import LOG_FOLDER, read_log
+from onbeat.runtime.flight.recorder import Recorder
 from onbeat.runtime.guard import Guard
 from onbeat.runtime.heartbeat import DONE
+from onbeat.runtime.modes import ASYNC
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, build_robot, from_json
@@ -222,8 +226,9 @@ def run_leg(leg: Leg, stop: threading.Event) -> bool:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
         bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
         guard = devices.enter_context(Guard(robot, bus))
-        session = Session(robot, policy, bus, cameras, INSTRUCTIONS[0], leg.seconds, tell, stop, guard=guard)
-        session.run_dir = Path(leg.run_dir)
+        header = make_header({"leg": leg.name}, robot, policy.spec, mode=ASYNC)
+        recorder = devices.enter_context(Recorder(Path(leg.run_dir) / f"{LOG_FOLDER}-{leg.name}", header))
+        session = Session(robot, policy, bus, cameras, INSTRUCTIONS[0], leg.seconds, tell, recorder, stop, guard=guard)
         stage = Stage(session, policy, leg.acts)
         player = threading.Thread(target=stage.play, args=(stop,), name="acts")
         announcer = threading.Thread(target=announce, args=(session, guard.pid, stop), name="announcer")
@@ -238,6 +243,7 @@ def run_leg(leg: Leg, stop: threading.Event) -> bool:
             stop.set()
             player.join()
             announcer.join()
+            recorder.finish(session.loop.records, outcome(session))
         is_over = guard.phase == DONE
         tell({"event": "ended", "error": error, "is_left_to_guardian": not is_over, **ending(session)})
     return is_over
@@ -262,7 +268,7 @@ def ending(session: Session) -> dict[str, Any]:
         "missed": session.loop.status.missed,
         "failed_attempts": failed_attempts(session.bus.faults()),
         "faulty_ticks": session.loop.status.faulty_ticks,
-        "interval_ns": intervals_ns(session.ticks.arrays()["start_ns"]),
+        "interval_ns": intervals_ns(read_log(session.recorder.folder).records("/tick")["start_ns"]),
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.kernels.limit import ACCELERATION, HELD, POSITION, VELOCITY
-from onbeat.runtime import record
+from onbeat.runtime.flight.messages import CHUNK_STAGES
 from onbeat.runtime.measures import figure, summarise_ns, text_table, wilson_interval
 from onbeat.runtime.run_records import RunRecords, Truth
 from onbeat.runtime.tick import FLAG_NAMES, REFUSED
@@ -59,8 +59,10 @@ FIELDS = (
     Field("versions", "name: version", "Python, Onbeat and the packages that matter for timing"),
     Field("git_commit", "hash or null", "of the checkout; null when installed from a package"),
     Field("bundle_sha256", "hash", "of the bundle's manifest, which carries the hash of every file"),
+    Field("calibration_sha256", "hash or null", "of the calibration file"),
     Field("real_time", "what: got or not", "what the loop's thread asked of the operating system"),
     Field("error", "text or null", "why the run ended early"),
+    Field("log_problems", "list", "what the flight log lacks, and why"),
     Field("instruction", "text", "what the policy was asked to do"),
     Field("rate_hz_wanted", "Hz", "control loop rate of the config"),
     Field("rate_hz", "Hz", "ticks that ran / duration"),
@@ -136,7 +138,7 @@ def stage_samples(run: RunRecords) -> dict[str, NDArray[np.int64]]:
     """Every duration of every stage, ns, by its key in STAGES."""
     chunks, ticks = run.chunks, run.ticks
     return {
-        **{key: np.array([chunk.stages_ns[key] for chunk in chunks], np.int64) for key in record.STAGES},
+        **{key: np.array([chunk.stages_ns[key] for chunk in chunks], np.int64) for key in CHUNK_STAGES},
         "inference": np.array([chunk.published_ns - chunk.started_ns for chunk in chunks], np.int64),
         "lateness": ticks.start_ns - ticks.due_ns,
         "compute": ticks.compute_ns,

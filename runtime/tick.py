@@ -16,6 +16,7 @@ from onbeat.kernels.atomics import store_release
 from onbeat.kernels.compiled import compiled
 from onbeat.kernels.kinematics import Workspace, leaves, no_workspace
 from onbeat.kernels.limit import ACCELERATION, HELD, POSITION, VELOCITY, limit, smooth, smoothing_ticks
+from onbeat.runtime.flight.messages import TICK_RECORD, packed
 from onbeat.runtime.safety import (
     COMMAND_REFUSED,
     HOLD,
@@ -50,22 +51,7 @@ FLAG_NAMES = {
 OVERREACH_RAD = 0.25  # a policy that points further out of a joint's range than this does not know where the arm is
 ROUNDING = 1e-9  # relative, and rad: the last check allows what rounding adds to a command made inside the limits
 
-RECORD = np.dtype(
-    [
-        ("t_ns", np.int64),  # when the tick ran, monotonic
-        ("chunk_id", np.int64),  # the chunk in force, -1 when none
-        ("row", np.int64),  # its row, `length` once past its end, -1 when none
-        ("fraction", np.float64),  # of the way to the next row
-        ("age_ns", np.int64),  # since row 0 was due: how old the observation behind this command is
-        ("flags", np.int64),
-        ("level", np.int64),  # of faults.Level
-        ("faults", np.int64),  # bit k: faults.Fault(k) is there
-        ("number", np.int64),  # of ticks before this one
-        ("in_sight", np.int64),  # chunks published so far, 0 once they were withdrawn
-        ("seen", np.int64),  # bit k: an input showed faults.Fault(k) to this tick
-        ("frame_ns", np.int64),  # safety.Inputs.frame_ns as this tick saw it
-    ]
-)
+RECORD = packed(TICK_RECORD, {})
 
 
 class JointLimits(NamedTuple):

@@ -8,7 +8,7 @@ A layout is read back from the schema that is in the file: a log tells by itself
 import io
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.flight.messages import CDR, TEXT, Field, Message
+from onbeat.runtime.flight.messages import CDR, TEXT, Field, Message, packed, shape_of
 
 ENCAPSULATION = b"\x00\x01\x00\x00"  # CDR, little endian
-PNG, JPEG = "png", "jpeg"
+FORMS = PNG, JPEG = "png", "jpeg"
 PNG_LEVEL = 1  # of zlib: docs/decisions/0024-flight-log.md
 JPEG_QUALITY = 90
 
@@ -59,17 +59,6 @@ class Layout:
             return self.fixed
         fixed = [(name, self.fixed[name]) for name in self.fixed.names or ()]
         return np.dtype([*fixed, *((name, object) for name in self.texts)])
-
-
-def packed(fields: Iterable[Field], sizes: Mapping[str, int]) -> np.dtype[np.void]:
-    """The record of the fields that are of fixed size, without padding; those of size 0 left out."""
-    shaped = [(f.name, f.kind, shape_of(f, sizes)) for f in fields if f.kind != TEXT]
-    return np.dtype([(name, np.dtype(kind), shape) for name, kind, shape in shaped if prod(shape)])
-
-
-def shape_of(field: Field, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Its shape in a run."""
-    return tuple(sizes[letter] for letter in field.shape.split())
 
 
 def layout_of(message: Message, sizes: Mapping[str, int]) -> Layout:
@@ -135,7 +124,8 @@ def _fill(cell: NDArray[Any], value: Any) -> None:
     array = np.asarray(value)
     if array.shape != cell.shape[1:] and cell.dtype.kind == "f":
         cell[:] = np.nan
-    cell[(0, *(slice(n) for n in array.shape))] = array
+    if array.size:
+        cell[(0, *(slice(n) for n in array.shape))] = array
 
 
 def _encode_texts(texts: Sequence[str], layout: Layout) -> bytes:

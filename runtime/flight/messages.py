@@ -7,9 +7,12 @@ To record something more, add a line here and fill it where the others of that m
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 FORMAT = 1  # of the log; a higher one is written when a reader of this one would misread it
 DOCUMENT = Path("docs/flight-log.md")
@@ -183,9 +186,15 @@ BY_TOPIC = {message.topic: message for message in MESSAGES}
 CAMERA = "/camera/"  # followed by the camera's name
 
 
-def chunk_sizes(*, joints: int, views: int, rows: int) -> dict[str, int]:
-    """What LETTERS are in a run whose policy keeps nothing to replay: only targets are recorded of a chunk."""
-    return {**dict.fromkeys(LETTERS, 0), "J": joints, "V": views, "C": rows}
+def packed(fields: Iterable[Field], sizes: Mapping[str, int]) -> np.dtype[np.void]:
+    """The record of the fields that are of fixed size, without padding; those of size 0 left out."""
+    shaped = [(f.name, f.kind, shape_of(f, sizes)) for f in fields if f.kind != TEXT]
+    return np.dtype([(name, np.dtype(kind), shape) for name, kind, shape in shaped if prod(shape)])
+
+
+def shape_of(field: Field, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Its shape in a run."""
+    return tuple(sizes[letter] for letter in field.shape.split())
 
 
 def document() -> str:

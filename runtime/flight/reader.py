@@ -55,7 +55,7 @@ class Log:
 
     @property
     def topics(self) -> tuple[str, ...]:
-        """CDR topics that have records."""
+        """CDR topics of the log."""
         return tuple(self._records)
 
     @property
@@ -84,6 +84,14 @@ class Log:
     def pictures(self, camera: str) -> Iterator[tuple[int, str, bytes]]:
         """(t_capture_ns, "png" or "jpeg", the picture's file) of every frame."""
         return (split_frame(message) for message in self._frame_messages(camera))
+
+    def last_picture(self, camera: str) -> bytes | None:
+        """The picture's file of the newest frame."""
+        for path in reversed(self.files):
+            messages = [message.data for topic, message in read_messages(path, []) if topic == CAMERA + camera]
+            if messages:
+                return split_frame(messages[-1])[2]
+        return None
 
     def _frame_messages(self, camera: str) -> Iterator[bytes]:
         for path in self.files:
@@ -116,7 +124,7 @@ def read_log(path: Path) -> Log:
         problems.append(f"format {found.header.get('format')}, this version reads {FORMAT}: fields may be missing")
     if found.outcome is None:
         problems.append("the run was cut short: the log has no outcome")
-    records = {topic: _decode(topic, found, problems) for topic in found.messages}
+    records = {topic: _decode(topic, found, problems) for topic in found.layouts}
     return Log(tuple(files), found.header, tuple(found.events), found.outcome, tuple(problems), records)
 
 
@@ -162,7 +170,7 @@ def _take_json(topic: str, data: bytes, found: _Found, problems: list[str]) -> N
 
 
 def _decode(topic: str, found: _Found, problems: list[str]) -> NDArray[np.void]:
-    layout, messages = found.layouts[topic], found.messages[topic]
+    layout, messages = found.layouts[topic], found.messages.get(topic, [])
     try:
         return decode(layout, messages)
     except BadMessage as error:

@@ -6,12 +6,13 @@ No thread and no clock: `recorder.py` calls this from its own.
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from mcap.writer import CompressionType, Writer
 
-from onbeat.runtime.flight.encoding import IMAGE_SCHEMA, IMAGE_SCHEMA_NAME, Layout, encode, layout_of, schema_text
+from onbeat.runtime.flight.encoding import IMAGE_SCHEMA, IMAGE_SCHEMA_NAME, encode, layout_of, schema_text
 from onbeat.runtime.flight.messages import BY_TOPIC, CAMERA, CDR, IMAGE, MESSAGES, Message, json_schema
 
 SUFFIX: Final = ".mcap"
@@ -41,9 +42,11 @@ class LogWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def layout(self, topic: str) -> Layout:
-        """Of a CDR topic in this run."""
-        return self._layouts[topic]
+    def encode(self, topic: str, values: Mapping[str, Any]) -> bytes:
+        """A message of a CDR topic, or of a JSON one. values: of its fields, by name."""
+        if BY_TOPIC[topic].encoding == CDR:
+            return encode(self._layouts[topic], values)
+        return json.dumps(values).encode()
 
     def write(self, topic: str, message: bytes, t_ns: int, *, sequence: int = 0) -> None:
         """Add an encoded message. t_ns: monotonic, when it is from. sequence: of the sender's own count."""
@@ -51,16 +54,14 @@ class LogWriter:
         self._writer.add_message(self._channels[topic], t_ns, message, t_ns, sequence & 0xFFFFFFFF)
 
     def write_values(self, topic: str, values: Mapping[str, Any], t_ns: int) -> None:
-        """Encode and add a message of a CDR topic, or of a JSON one."""
-        if BY_TOPIC[topic].encoding == CDR:
-            self.write(topic, encode(self._layouts[topic], values), t_ns)
-        else:
-            self.write(topic, json.dumps(values).encode(), t_ns)
+        """Encode and add a message."""
+        self.write(topic, self.encode(topic, values), t_ns)
 
     def sync(self) -> None:
         """End the chunk and have the disk keep it; begin another file, and give up the oldest, when it is time to."""
         self._writer.flush()
         os.fsync(self._stream.fileno())
+        self._synced_bytes = self._stream.tell()
         if self._stream.tell() * FILES_OF_BUDGET >= self._budget_bytes:
             self._close_file()
             self._give_up_oldest()
@@ -71,14 +72,23 @@ class LogWriter:
         if not self._stream.closed:
             self._close_file()
 
+    def abandon(self) -> None:
+        """Leave the log as it was when it was synced last, after an OSError."""
+        with suppress(OSError):
+            self._stream.close()
+        with suppress(OSError):
+            os.truncate(self._stream.name, self._synced_bytes)
+
     def _open_file(self) -> None:
         self._stream = (self._folder / f"{self._next_file:06d}{SUFFIX}").open("wb")
+        self._synced_bytes = 0
         self._next_file += 1
         self._writer = Writer(self._stream, chunk_size=MOST_CHUNK_BYTES, compression=CompressionType.NONE)
         self._writer.start(profile="ros2", library="onbeat")
         self._channels = dict(self._register(message) for message in _topics(self._header["cameras"]))
         self.write_values("/header", self._header, self._latest_ns)
         self._writer.flush()
+        self._synced_bytes = self._stream.tell()
         _sync_folder(self._folder)
 
     def _register(self, message: Message) -> tuple[str, int]:
@@ -93,13 +103,11 @@ class LogWriter:
         return message.topic, self._writer.register_channel(message.topic, encoding, schema)
 
     def _close_file(self) -> None:
-        try:
-            self._writer.finish()
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        finally:
-            self._closed_bytes[Path(self._stream.name)] = self._stream.tell()
-            self._stream.close()
+        self._writer.finish()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._synced_bytes = self._closed_bytes[Path(self._stream.name)] = self._stream.tell()
+        self._stream.close()
 
     def _give_up_oldest(self) -> None:
         """Until what is there and a file more fit the budget."""
