@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.runtime import chart
-from onbeat.runtime.measures import histogram
+from onbeat.runtime.measures import figure, histogram
 from onbeat.runtime.run_records import ChunkRecord, RunRecords
 from onbeat.runtime.summary import LATENCY_HEADS, STAGES, Stage, latency_cells
 
@@ -100,17 +100,18 @@ def stage_histograms(samples: Mapping[str, NDArray[np.int64]]) -> str:
 def _stage_histogram(name: str, samples_ns: NDArray[np.int64]) -> str:
     samples = samples_ns / 1e6
     p50, p99 = (float(p) for p in np.percentile(samples, (50, 99)))
+    digits = 2 if p99 >= 1 else 3
     bins = histogram(np.minimum(samples, max(p99 * 1.25, 1e-3)), min(BINS, max(8, len(samples) // 8)))
     axes = chart.Axes(340, 170, (float(bins.edges[0]), float(bins.edges[-1])), (0.0, float(bins.counts.max()) * 1.2))
     drawing = chart.svg(
         axes,
         chart.grid(axes, x_label="ms", y_label="count", x_ticks=5, y_ticks=3),
         chart.bars(axes, bins.edges.tolist(), bins.counts.tolist(), "ink a"),
-        chart.marker(axes, p50, "mark", f"p50 {p50:.2f}"),
-        chart.marker(axes, p99, "mark", f"p99 {p99:.2f}", depth=1),
+        chart.marker(axes, p50, "mark", f"p50 {figure(p50, digits)}"),
+        chart.marker(axes, p99, "mark", f"p99 {figure(p99, digits)}", depth=1),
         title=f"histogram of {name}",
     )
-    return captioned(name, f"max {samples.max():.2f} ms", drawing)
+    return captioned(name, f"max {samples.max():.{digits}f} ms", drawing)
 
 
 def lateness_over_time(run: RunRecords, duration_s: float, marks: Sequence[str] = ()) -> str:
@@ -144,7 +145,8 @@ def chunk_timeline(run: RunRecords) -> str:
         _what_ran(axes, lanes - 1, run, {chunk.chunk_id: chunk for chunk in chunks}, oldest),
         title="which rows of which chunk were executed when, and how old their observation was",
     )
-    ages = (f"row executed, up to {(k + 1) * oldest / SHADES / 1e6:.0f} ms old" for k in range(SHADES))
+    ages = [f"≤ {(k + 1) * oldest / SHADES / 1e6:.0f} ms" for k in range(SHADES)]
+    ages[0] = f"row executed, its observation {ages[0]} old"
     return chart.legend([*ROWS, *((f"ink age{k}", words) for k, words in enumerate(ages))]) + wide(drawing)
 
 
@@ -241,7 +243,7 @@ def _seen_ms(run: RunRecords, chunk: ChunkRecord, tick: int) -> float:
 def _seams(axes: chart.Axes, run: RunRecords) -> str:
     taken = np.flatnonzero(np.diff(run.ticks.chunk_id, prepend=run.ticks.chunk_id[:1]))
     times = (seconds(run, run.ticks.start_ns[k]) for k in taken.tolist())
-    return "".join(chart.marker(axes, t, "mark") for t in times if axes.x_range[0] <= t <= axes.x_range[1])
+    return "".join(chart.marker(axes, t, "mark seam") for t in times if axes.x_range[0] <= t <= axes.x_range[1])
 
 
 def as_words(value: Any) -> str:

@@ -239,19 +239,23 @@ def conditions_words(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _clock_words(values: Mapping[str, Any]) -> str:
-    if values["clocks_hz"] is None:
+    """By kind; of several of a kind, from the slowest to the fastest."""
+    clocks = values["clocks_hz"]
+    if clocks is None:
         return UNKNOWN
-    words = [f"{name.replace(' clock', '')} {_clock(clock)}" for name, clock in values["clocks_hz"].items()]
-    governor = f" (governor {values['cpu_governor']})" if values["cpu_governor"] else ""
-    return ", ".join(words) + governor
+    governors = {"cpu": values["cpu_governor"], "gpu": values["gpu_governor"]}
+    words = []
+    for kind in ("cpu", "gpu", "emc"):
+        alike = [clock for name, clock in clocks.items() if name.startswith(kind)]
+        governor = f" ({governors[kind]})" if governors.get(kind) else ""
+        words += [f"{kind} {_clock(alike)}{governor}"] if alike else []
+    return ", ".join(words)
 
 
-def _clock(clock: Mapping[str, Any]) -> str:
-    low, high = clock["min"] / 1e6, clock["max"] / 1e6
-    pinned = (
-        " pinned" if clock["lowest_allowed"] is not None and clock["lowest_allowed"] == clock["highest_allowed"] else ""
-    )
-    return f"{high:.0f} MHz{pinned}" if low == high else f"{low:.0f} to {high:.0f} MHz"
+def _clock(clocks: Sequence[Mapping[str, Any]]) -> str:
+    low, high = min(clock["min"] for clock in clocks) / 1e6, max(clock["max"] for clock in clocks) / 1e6
+    is_pinned = all(c["lowest_allowed"] is not None and c["lowest_allowed"] == c["highest_allowed"] for c in clocks)
+    return (f"{high:.0f} MHz" if low == high else f"{low:.0f} to {high:.0f} MHz") + (" pinned" if is_pinned else "")
 
 
 def _hottest_words(temperatures: Mapping[str, Any] | None) -> str:
