@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onbeat.runtime.engine import PolicySpec
+from onbeat.runtime.flight.backend import backend
 from onbeat.runtime.flight.messages import FORMAT
 from onbeat.runtime.flight.recorder import sizes_of
 from onbeat.runtime.provenance import bundle_hash, git_commit, versions
@@ -29,6 +30,7 @@ def make_header(config: Mapping[str, Any], robot: Robot, spec: PolicySpec, *, mo
         "rate_hz": robot.config.loop_rate_hz,
         "versions": versions(),
         "git_commit": git_commit(),
+        "backend": backend(threads=int(config.get("threads", 1))),
         "bundle_sha256": bundle_hash(Path(config["bundle"])) if "bundle" in config else None,
         "calibration_sha256": file_hash(Path(robot.config.calibration)),
     }
