@@ -22,7 +22,7 @@ COMMANDS = (
     Command("export", "compile a checkpoint into a bundle the robot loads", "onbeat.export.export:main"),
     Command("verify", "replay recorded cases and print the largest difference", "onbeat.export.verify:main"),
     Command("evaluate", "measure a policy's success in simulated time", "onbeat.runtime.evaluate:main"),
-    Command("replay", "replay a flight log bit by bit and say where the answer differs", "onbeat.runtime.replay.replay:main"),
+    Command("replay", "play a flight log again and say which bit is another", "onbeat.runtime.replay.replay:main"),
     Command("soak", "make every fault on the twin, again and again, and judge the wire", "onbeat.runtime.soak:main"),
     Command("bench", "measure the loop, the tick and the seams between chunks", "onbeat.runtime.bench:main"),
     Command("doctor", "check this machine: packages, libraries, ports, permissions", "onbeat.runtime.doctor:main"),
