@@ -35,6 +35,7 @@ EXTRAS = {
         "feetech-servo-sdk>=1.0",
         "psutil>=5.9",
         "mcap-ros2-support>=0.5",
+        "perfetto>=0.16",
         "build>=1",
         "setuptools>=68",
     ],
