@@ -40,6 +40,7 @@ from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import PROGRESS_WORDS, StateHistory
 from onbeat.runtime.modes import ASYNC, choose_mode
 from onbeat.runtime.policy import load_policy
+from onbeat.runtime.profile.machine import MachineSampler
 from onbeat.runtime.realtime import prepare_inference, prepare_real_time
 from onbeat.runtime.robots import RELAX, Robot, build_robot, from_json
 from onbeat.runtime.safety import NO_FAULT, onsets, report, set_condition
@@ -287,12 +288,13 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
     joints = load_joints(Path(robot.config.calibration), robot.joints)
     settings = BusSettings(baud_rate=robot.config.baud_rate, retries=robot.config.bus_retries)
     told = {name: value for name, value in asdict(config).items() if name != "robot"}
-    header = make_header(told, robot, policy.spec, mode=mode)
+    sampler = MachineSampler((LOOP, INFERENCE, RECORDS))
+    header = make_header(told, robot, policy.spec, mode=mode, sampler=sampler)
     with ExitStack() as devices:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
         bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
         guard = devices.enter_context(Guard(robot, bus))
-        recorder = devices.enter_context(open_recorder(config, header))
+        recorder = devices.enter_context(open_recorder(config, header, sampler))
         session = Session(
             robot,
             policy,
@@ -316,11 +318,11 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
         raise RecordsLost(f"the log in {recorder.folder} is incomplete ({recorder.error}): make room")
 
 
-def open_recorder(config: DaemonConfig, header: Mapping[str, Any]) -> Recorder:
+def open_recorder(config: DaemonConfig, header: Mapping[str, Any], sampler: MachineSampler) -> Recorder:
     """Begin the log. Raises RecordsLost."""
     folder = Path(config.run_dir) / LOG_FOLDER
     try:
-        return Recorder(folder, header, budget_bytes=config.log_budget_bytes, form=config.log_frames)
+        return Recorder(folder, header, budget_bytes=config.log_budget_bytes, form=config.log_frames, sampler=sampler)
     except OSError as error:
         raise RecordsLost(f"no log can be written in {folder} ({error.strerror}): name another with --out") from error
 

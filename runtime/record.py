@@ -3,7 +3,7 @@
 `flight/recorder.py` writes what is drained; benches and tests keep it in memory.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +52,8 @@ class TickRing(NamedTuple):
 
 def new_tick_ring(joints: int, capacity: int = RING_TICKS) -> TickRing:
     """An empty ring."""
-    fields = {f.name: np.zeros((capacity, joints) if f.shape else capacity, f.kind) for f in TICK_LOOP}
-    words = {name: np.zeros(1, np.int64) for name in ("written", "taken", "dropped")}
+    fields: dict[str, Any] = {f.name: np.zeros((capacity, joints) if f.shape else capacity, f.kind) for f in TICK_LOOP}
+    words: dict[str, Any] = {name: np.zeros(1, np.int64) for name in ("written", "taken", "dropped")}
     return TickRing(rows=np.zeros(capacity, RECORD), **fields, **words)
 
 

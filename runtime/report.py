@@ -16,6 +16,7 @@ from onbeat.runtime.run_records import (
     CHUNK_FIELDS,
     STAGE_FIELDS,
     TICK_FIELDS,
+    MachineRecords,
     RunRecords,
     read_chunks,
     read_ticks,
@@ -51,6 +52,8 @@ def read_run(folder: Path) -> RunRecords:
         faults={kind: count for kind, count in outcome.get("bus", {}).items() if kind != "ok" and count},
         truth=read_truth(twin) if (twin / TRUTH_FILE).exists() else None,
         pictures={camera: picture for camera, picture in pictures.items() if picture is not None},
+        warm_up_ns=tuple(outcome.get("warm_up_ns", ())),
+        machine=machine_records(log),
     )
 
 
@@ -73,6 +76,12 @@ def header(log: Log) -> dict[str, Any]:
         "mode": told["mode"],
         "rate_hz_wanted": told["rate_hz"],
     }
+
+
+def machine_records(log: Log) -> MachineRecords | None:
+    """The machine beside the loop, None when nobody looked at it."""
+    about = log.header.get("machine")
+    return MachineRecords(about, log.records("/machine")) if about else None
 
 
 def missed_ticks(log: Log) -> int:

@@ -29,6 +29,8 @@ LETTERS = {
     "T": "flow steps of an iteration",
     "M": "gate directions",
     "H": "width of the understanding stream",
+    "N": "threads, in the order of the header's `machine.threads`",
+    "P": "probes of the board, in the order of the header's `machine.probes`",
 }
 
 
@@ -129,6 +131,23 @@ OBSERVATION = (
     Field("instruction", TEXT, "", "", "what the policy was asked to do"),
 )
 
+# Counts are since the process, or the machine, began: only differences mean anything.
+MACHINE = (
+    Field("t_ns", "int64", "", "ns", "of the sample, monotonic clock"),
+    Field("resident_bytes", "int64", "", "bytes", "memory of the process"),
+    Field("cpu_ns", "int64", "N", "ns", "on a processor"),
+    Field("wait_ns", "int64", "N", "ns", "ready to run, and waiting for a processor"),
+    Field("minor_faults", "int64", "N", "", "pages that had to be mapped"),
+    Field("major_faults", "int64", "N", "", "pages that had to be read from a disk"),
+    Field("sleeps", "int64", "N", "", "times the thread gave its processor up"),
+    Field("preemptions", "int64", "N", "", "times it was made to"),
+    Field("busy_ns", "int64", "", "ns", "of all processors together, running anything"),
+    Field("stolen_ns", "int64", "", "ns", "of all processors together, lent by a hypervisor to another machine"),
+    Field("load", "float64", "", "", "processes that want a processor, the mean of a minute"),
+    Field("power_mode", "int64", "", "", "id, -1 where there is none"),
+    Field("probes", "float64", "P", "`machine.units`", "clocks, temperatures, throttling; NaN where unknown"),
+)
+
 HEADER = (
     Field("format", "number", "", "", f"version of this table, {FORMAT}"),
     Field("started", TEXT, "", "ISO 8601", "wall clock, the only one in the log"),
@@ -143,6 +162,7 @@ HEADER = (
     Field("versions", "object", "", "", "Python, Onbeat and the packages that a timing or result may depend on"),
     Field("git_commit", TEXT, "", "", "of the checkout, with + when files differ; null when installed"),
     Field("backend", "object", "", "", "what the rounding of an inference depends on: flight/backend.py"),
+    Field("machine", "object", "", "", "names of N and P, `units` of P, bounds of clocks, what does not change"),
     Field("bundle_sha256", TEXT, "", "", "of the bundle's manifest, which has the hash of every file; or null"),
     Field("calibration_sha256", TEXT, "", "", "of the calibration file; null without one"),
 )
@@ -179,6 +199,7 @@ MESSAGES = (
     Message("/chunk", "Chunk", CDR, "One inference, and what came of it.", CHUNK),
     Message("/observation", "Observation", CDR, "What an inference began from.", OBSERVATION),
     Message("/camera/", "CompressedImage", IMAGE, "A frame that an inference began from, per camera.", IMAGE_FIELDS),
+    Message("/machine", "Machine", CDR, "The machine beside the loop, twice a second.", MACHINE),
     Message("/event", "Event", JSON, "What happened, when it happened.", EVENT),
     Message("/outcome", "Outcome", JSON, "How the run ended: the last message of a log that was closed.", OUTCOME),
 )

@@ -25,6 +25,7 @@ from onbeat.runtime.flight.encoding import PNG, encode_frame, encode_rows
 from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.flight.messages import CAMERA
 from onbeat.runtime.flight.writer import DEFAULT_BUDGET_BYTES, LogWriter
+from onbeat.runtime.profile.machine import MachineSampler
 from onbeat.runtime.record import TickRing, take_ticks
 
 DRAIN_PERIOD_S: Final = 0.1  # of the loop's ticks, of which its ring holds seconds
@@ -41,7 +42,7 @@ class Encoded(NamedTuple):
     sequence: int = 0
 
 
-def sizes_of(spec: PolicySpec, *, joints: int, views: int) -> dict[str, int]:
+def sizes_of(spec: PolicySpec, *, joints: int, views: int, threads: int = 0, probes: int = 0) -> dict[str, int]:
     """What the letters of messages.LETTERS are in a run of this policy."""
     sampler = spec.sampler
     has_directions = sampler.gate == "directions"
@@ -55,6 +56,8 @@ def sizes_of(spec: PolicySpec, *, joints: int, views: int) -> dict[str, int]:
         "T": sampler.flow_steps,
         "M": sampler.gate_directions if has_directions else 0,
         "H": spec.understanding_width if has_directions else 0,
+        "N": threads,
+        "P": probes,
     }
 
 
@@ -71,16 +74,17 @@ class Recorder:
         *,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         form: str = PNG,
+        sampler: MachineSampler | None = None,
         watch: Callable[[Encoded], None] | None = None,
     ) -> None:
-        """header: of /header. form: of frames, PNG or JPEG. watch: is told every message too, and must not block.
+        """header: of /header. form: of frames, PNG or JPEG. sampler: of the machine, where it is to be looked at.
 
-        Raises OSError when the folder takes no file.
+        watch: is told every message too, and must not block. Raises OSError when the folder takes no file.
         """
         self.folder, self.error = folder, ""
         self.dropped: Counter[str] = Counter()
         self._log = LogWriter(folder, header, budget_bytes=budget_bytes)
-        self._cameras, self._form, self._watch = tuple(header["cameras"]), form, watch
+        self._cameras, self._form, self._watch, self._sampler = tuple(header["cameras"]), form, watch, sampler
         self._told: deque[Inference] = deque()
         self._turn = threading.Lock()  # of `keep`: at the end, another thread does what is left
         self._synced_ns = time.monotonic_ns()
@@ -112,6 +116,7 @@ class Recorder:
             while self._told:
                 self._write(self._inference(self._told.popleft()))
             if time.monotonic_ns() - self._synced_ns >= SYNC_PERIOD_NS:
+                self._write(self._machine())
                 self._attempt(self._log.sync)
                 self._synced_ns = time.monotonic_ns()
 
@@ -159,6 +164,11 @@ class Recorder:
             if levels[k] != levels[k + 1]:
                 yield self._event(t_ns, "level", Level(int(levels[k + 1])).name)
         self._faults, self._level = int(faults[-1]), int(levels[-1])
+
+    def _machine(self) -> Iterator[Encoded]:
+        if self._sampler is not None:
+            sample = self._sampler.sample()
+            yield Encoded("/machine", self._log.encode("/machine", sample._asdict()), sample.t_ns)
 
     def _event(self, t_ns: int, event: str, name: str) -> Encoded:
         return self._json("/event", {"t_ns": t_ns, "event": event, "name": name}, t_ns)

@@ -15,7 +15,7 @@ from onbeat.runtime.flight.messages import BY_TOPIC, CDR, DOCUMENT, FORMAT, LETT
 from onbeat.runtime.flight.reader import LogError, NoLog, read_log
 from onbeat.runtime.flight.writer import LogWriter
 
-SIZES = {"J": 6, "V": 2, "C": 4, "A": 200, "I": 3, "K": 2, "T": 2, "M": 1, "H": 5}
+SIZES = {"J": 6, "V": 2, "C": 4, "A": 200, "I": 3, "K": 2, "T": 2, "M": 1, "H": 5, "N": 4, "P": 3}
 HEADER = {"format": FORMAT, "started_ns": 10**9, "cameras": ["top", "wrist"], "sizes": SIZES, "config": {"x": 1}}
 CDR_TOPICS = [message.topic for message in MESSAGES if message.encoding == CDR]
 
