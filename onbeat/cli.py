@@ -22,6 +22,7 @@ COMMANDS = (
     Command("export", "compile a checkpoint into a bundle the robot loads", "onbeat.export.export:main"),
     Command("verify", "replay recorded cases and print the largest difference", "onbeat.export.verify:main"),
     Command("evaluate", "measure a policy's success in simulated time", "onbeat.runtime.evaluate:main"),
+    Command("profile", "where the time goes, and whether two runs differ", "onbeat.runtime.profile.profile:main"),
     Command("replay", "play a flight log again and say which bit is another", "onbeat.runtime.replay.replay:main"),
     Command("soak", "make every fault on the twin, again and again, and judge the wire", "onbeat.runtime.soak:main"),
     Command("bench", "measure the loop, the tick and the seams between chunks", "onbeat.runtime.bench:main"),

@@ -83,18 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: RunOptions) -> int:
     """Check, drive, report. Raises OnbeatError."""
-    robot = check(options)
-    screen = sys.stderr if options.is_json else sys.stdout
-    print(f"{robot.config.name}: limits\n{limits_table(robot)}\n", file=screen)
-    folder = new_run_folder(options.out)
-    print("starting; on a new machine the control loop is compiled first, about half a minute", file=screen)
-    with interrupts_raise(), devices(robot.config, options, folder) as config:
-        failure = supervise(daemon_config(config, options, folder), folder, screen)
+    folder, failure = drive(options, sys.stderr if options.is_json else sys.stdout)
     if (folder / LOG_FOLDER).exists():
         show_report(write_report(folder), folder, is_json=options.is_json)
     if failure is not None:
         raise DaemonFailed(failure)
     return 0
+
+
+def drive(options: RunOptions, screen: TextIO) -> tuple[Path, str | None]:
+    """Check and drive; returns the run's folder, and what went wrong. Raises OnbeatError before anything moves."""
+    robot = check(options)
+    print(f"{robot.config.name}: limits\n{limits_table(robot)}\n", file=screen)
+    folder = new_run_folder(options.out)
+    print("starting; on a new machine the control loop is compiled first, about half a minute", file=screen)
+    with interrupts_raise(), devices(robot.config, options, folder) as config:
+        return folder, supervise(daemon_config(config, options, folder), folder, screen)
 
 
 def show_report(report: Mapping[str, Any], folder: Path, *, is_json: bool) -> None:

@@ -210,7 +210,7 @@ LATENCY_HEADS = ("n", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "max ms")
 def latency_cells(latency: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of LATENCY_HEADS; a dash for what n samples cannot tell."""
     keys = ("p50_ms", "p95_ms", "p99_ms", "p99_9_ms", "max_ms")
-    return (str(latency["n"]), *(figure(latency[key], 3 if (latency["max_ms"] or 0) < 1 else 2) for key in keys))
+    return (str(latency["n"]), *(figure(latency[key], 3 if (latency["p50_ms"] or 0) < 1 else 2) for key in keys))
 
 
 def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -112,6 +112,19 @@ def _spread_ms(samples_ns: NDArray[np.int64], percent: float) -> float | None:
     return None if blocks is None else halves_spread(blocks, percent) / 1e6
 
 
+def spread_cells(stage: Mapping[str, Any]) -> tuple[str, str]:
+    """For people: the A/A spread of the median, and of the largest percentile that is judged, as shares of them."""
+    shares = [_share_of(stage, percent) for percent in JUDGED]
+    tail = next((share for share in reversed(shares[1:]) if share is not None), None)
+    middle, end = ("-" if share is None else f"±{100 * share:.1f} %" for share in (shares[0], tail))
+    return middle, end
+
+
+def _share_of(stage: Mapping[str, Any], percent: float) -> float | None:
+    spread, value = stage[spread_name(percent)], stage[f"p{percent:g}_ms"]
+    return None if spread is None or not value else spread / value
+
+
 def cold(run: RunRecords) -> dict[str, Any]:
     """What is in no other figure: the warm-up inferences, and the first second."""
     start = _between(run, None, _start_ends_ns(run))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onbeat.runtime import chart, page
 from onbeat.runtime.faults import Fault
 from onbeat.runtime.measures import figure, histogram
-from onbeat.runtime.profile.figures import JUDGED, action_ages, after_start, conditions_words, is_throttled, spread_name
+from onbeat.runtime.profile.figures import action_ages, after_start, conditions_words, is_throttled, spread_cells
 from onbeat.runtime.run_records import RunRecords
 from onbeat.runtime.summary import STAGES, executed_delays, frames_to_commands, stage_samples
 
@@ -55,8 +55,8 @@ def _tiles(profile: Profile) -> list[str]:
 
 
 def _by_itself(stage: Mapping[str, Any]) -> str:
-    spread = stage[spread_name(50.0)]
-    return "A/A spread not known" if spread is None else f"A/A spread ±{100 * spread / stage['p50_ms']:.1f} %"
+    spread = spread_cells(stage)[0]
+    return f"A/A spread {spread if spread != '-' else 'not known'}"
 
 
 def _period(profile: Profile) -> str:
@@ -122,7 +122,7 @@ def _overview(profile: Profile, _: RunRecords) -> str:
         return ""
     limits = _decades_of(min(stage["p50_ms"] for stage in known), max(stage["max_ms"] for stage in known))
     cells = {
-        name: (_range(limits, name, stage), _by_itself_cell(stage)) if stage["n"] else ("", "")
+        name: (_range(limits, name, stage), ", ".join(spread_cells(stage))) if stage["n"] else ("", "")
         for name, stage in profile["stages"].items()
     }
     key = chart.legend([("ink b", "p50"), ("ink a", "to p95"), ("ink lock", "to p99"), ("ink pale", "to the largest")])
@@ -162,18 +162,6 @@ def _range(limits: tuple[float, float], name: str, stage: Mapping[str, Any]) -> 
 
 def _log(value_ms: float) -> float:
     return float(np.log10(max(value_ms, 1e-4)))
-
-
-def _by_itself_cell(stage: Mapping[str, Any]) -> str:
-    """The spread of the median and of the largest percentile that is judged, as shares."""
-    shares = [_share_of(stage, percent) for percent in JUDGED]
-    tail = next((share for share in reversed(shares[1:]) if share is not None), None)
-    return ", ".join("-" if share is None else f"±{100 * share:.1f} %" for share in (shares[0], tail))
-
-
-def _share_of(stage: Mapping[str, Any], percent: float) -> float | None:
-    spread, value = stage[spread_name(percent)], stage[f"p{percent:g}_ms"]
-    return None if spread is None or not value else spread / value
 
 
 def _histograms(profile: Profile, run: RunRecords) -> str:
