@@ -12,7 +12,7 @@ from onbeat.runtime.bundle import BundleError
 from onbeat.runtime.flight.backend import backend, backend_changes
 from onbeat.runtime.flight.recorder import sizes_of
 from onbeat.runtime.policy import Policy, load_policy
-from onbeat.runtime.provenance import bundle_hash
+from onbeat.runtime.provenance import bundle_hash, git_commit, versions
 from onbeat.runtime.replay.compare import Difference, FieldReport
 from onbeat.runtime.replay.layers import (
     LAYERS,
@@ -91,9 +91,17 @@ def _update(recording: Recording, result: Result, options: Options) -> int:
 
 
 def header_here(recording: Recording, options: Options) -> dict[str, Any]:
-    """The recording's header, with what made the answers that stand in it after an update."""
+    """The recording's header, with what made the answers that stand in it after an update, and without its devices."""
     header, folder = recording.log.header, bundle_folder(recording, options)
-    return {**header, "backend": backend(threads=_threads(recording, options)), "bundle_sha256": bundle_hash(folder)}
+    robot = {**recording.config["robot"], "port": ""}
+    made_here = {
+        "config": {**recording.config, "robot": robot, "bundle": str(folder)},
+        "backend": backend(threads=_threads(recording, options)),
+        "bundle_sha256": bundle_hash(folder),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    return {**header, **made_here}
 
 
 def replay(recording: Recording, options: Options) -> Result:

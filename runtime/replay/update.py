@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onbeat.runtime.flight.encoding import encode_rows, layout_of
 from onbeat.runtime.flight.messages import BY_TOPIC
 from onbeat.runtime.flight.reader import read_messages
+from onbeat.runtime.flight.recorder import SYNC_PERIOD_NS
 from onbeat.runtime.flight.writer import SUFFIX, LogWriter
 from onbeat.runtime.replay.recording import NotReplayable, Recording
 
@@ -19,7 +20,7 @@ from onbeat.runtime.replay.recording import NotReplayable, Recording
 def rewrite_log(
     recording: Recording, ticks: NDArray[np.void], chunks: NDArray[np.void], header: Mapping[str, Any]
 ) -> None:
-    """Replace the recording's files; what was observed stays as it is. ticks, chunks: as replayed, from the first on.
+    """Replace the recording's files; what was observed, and events, stay. ticks, chunks: as replayed, from the first on.
 
     The new files are whole before an old one goes. Raises NotReplayable for records of another version.
     """
@@ -28,14 +29,24 @@ def rewrite_log(
     with TemporaryDirectory(dir=files[0].parent) as fresh:
         with LogWriter(Path(fresh), header) as log:
             answers = {"/tick": encode_rows(ticks), "/chunk": encode_rows(chunks)}
+            synced_ns = 0
             for topic, message in (item for path in files for item in read_messages(path, [])):
                 if topic != "/header":
                     data = next(answers[topic], message.data) if topic in answers else message.data
                     log.write(topic, data, message.log_time, sequence=message.sequence)
+                    synced_ns = _sync_in_time(log, synced_ns, message.log_time)
         for path in files:
             path.unlink()
         for path in Path(fresh).glob(f"*{SUFFIX}"):
             os.replace(path, files[0].parent / path.name)
+
+
+def _sync_in_time(log: LogWriter, synced_ns: int, now_ns: int) -> int:
+    """Sync as often as the recorder did, so that a damaged file loses no more; returns when it was done last."""
+    if now_ns - synced_ns < SYNC_PERIOD_NS:
+        return synced_ns
+    log.sync()
+    return now_ns
 
 
 def _check_layout(sizes: Mapping[str, int], records: Mapping[str, NDArray[np.void]]) -> None:
