@@ -92,6 +92,12 @@ class MachineRecords:
     about: Mapping[str, Any]
     samples: NDArray[np.void]
 
+    @property
+    def probes(self) -> NDArray[np.float64]:
+        """(N, P); the log of a machine without any sensor has no such field."""
+        known = self.samples.dtype.names or ()
+        return self.samples["probes"] if "probes" in known else np.empty((len(self.samples), 0))
+
 
 @dataclass(frozen=True, slots=True)
 class RunRecords:

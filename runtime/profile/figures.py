@@ -219,7 +219,7 @@ def _probes(machine: MachineRecords, kinds: Sequence[str]) -> dict[str, Any] | N
 
 def _probe(machine: MachineRecords, k: int, name: str) -> Any:
     """States as the share of samples that throttle, counts as what was added, all else as least, middle and most."""
-    values = machine.samples["probes"][:, k]
+    values = machine.probes[:, k]
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return None

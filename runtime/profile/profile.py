@@ -117,7 +117,7 @@ def as_text(profile: Mapping[str, Any]) -> str:
     heads = ("stage", *LATENCY_HEADS, "A/A p50", "A/A tail")
     stages = ((name, *latency_cells(stage), *spread_cells(stage)) for name, stage in profile["stages"].items())
     parts = [
-        text_table(("taken under", ""), conditions_words(profile["conditions"])),
+        "\n".join(f"{name:<12} {value}" for name, value in conditions_words(profile["conditions"])),
         text_table(heads, stages),
         text_table(("run", ""), headline(profile)),
     ]
@@ -158,37 +158,44 @@ def thread_rows(profile: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def parse(argv: Sequence[str] | None) -> ProfileOptions:
-    """The command line; exits with 2 when it is none."""
-    parser = argparse.ArgumentParser(
-        prog="onbeat profile",
-        description="Latency of every stage and tick, from a recorded run or from one that is driven now.",
-        epilog="With --live every other argument goes to `onbeat run` (onbeat run --help).",
-    )
-    parser.add_argument("log", type=Path, nargs="?", help="folder of a run, its log, or one file of it")
-    parser.add_argument("--live", action="store_true", help="drive a run first, with the arguments of `onbeat run`")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two runs: a verdict per stage")
-    parser.add_argument("--again", type=Path, nargs="+", default=[], metavar="LOG", help="further runs of what A is")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Perfetto trace too")
-    parser.add_argument("--into", type=Path, metavar="FOLDER", help=f"of {JSON_FILE} and {PAGE_FILE}; else the log's")
-    parser.add_argument("--json", action="store_true", dest="is_json", help="print the profile as JSON")
-    known, rest = parser.parse_known_args(argv)
-    if sum((known.log is not None, known.live, known.compare is not None)) != 1:
-        parser.error("give one of: a LOG, --live, --compare A B")
-    if rest and not known.live:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    """The command line; exits with 2 when it is none. What `--live` does not know is for `onbeat run`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser, is_live = _parser(), "--live" in arguments
+    if not is_live:
+        parser.add_argument("log", type=Path, nargs="?", help="folder of a run, its log, or one file of it")
+    known, rest = parser.parse_known_args(arguments) if is_live else (parser.parse_args(arguments), [])
+    log = None if is_live else known.log
+    if sum((log is not None, is_live, known.compare is not None)) != 1:
+        parser.error("give one of: LOG, --live, --compare A B")
     if known.again and known.compare is None:
         parser.error("--again goes with --compare")
-    pair = None if known.compare is None else (known.compare[0], known.compare[1])
     return ProfileOptions(
-        log=known.log,
-        is_live=known.live,
-        pair=pair,
+        log=log,
+        is_live=is_live,
+        pair=None if known.compare is None else (known.compare[0], known.compare[1]),
         again=tuple(known.again),
         trace=known.trace,
         into=known.into,
         is_json=known.is_json,
         run_arguments=tuple(rest),
     )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onbeat profile",
+        usage="onbeat profile LOG | --live [arguments of onbeat run] | --compare A B [--again LOG ...]  [options]",
+        description="Latency of every stage and tick, from a recorded run or from one that is driven now.",
+        epilog="With --live every other argument goes to `onbeat run` (onbeat run --help).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--live", action="store_true", help="drive a run first, with the arguments of `onbeat run`")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two runs: a verdict per stage")
+    parser.add_argument("--again", type=Path, nargs="+", default=[], metavar="LOG", help="further runs of what A is")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Perfetto trace too")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help=f"of {JSON_FILE} and {PAGE_FILE}; else the log's")
+    parser.add_argument("--json", action="store_true", dest="is_json", help="print the profile as JSON")
+    return parser
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def _machine(profile: Profile, run: RunRecords) -> str:
         _lines("waiting for a processor", "% of the time", times[1:], wait, names),
         _lines("memory of the process", "MB resident", times, resident, ["resident"]),
         _lines("page faults", "per second", times[1:], faults, names),
-        *_probe_lines(machine.about, machine.samples["probes"], times),
+        *_probe_lines(machine.about, machine.probes, times),
     ]
     words = "Sampled twice a second beside the loop. By thread, as far as threads have names; the rest is “other”."
     return page.section(heading, words, f'<div class="grid2">{"".join(drawings)}</div>', _under(profile))

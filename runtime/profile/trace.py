@@ -203,7 +203,7 @@ def counters(run: RunRecords) -> Iterator[Counter]:
     for k, name in enumerate(about["threads"]):
         yield Counter(f"cpu: {name}", "% of a processor", *_busy(samples, k))
     for k, (name, unit) in enumerate(zip(about["probes"], about["units"], strict=True)):
-        yield Counter(name, unit, samples["t_ns"], samples["probes"][:, k])
+        yield Counter(name, unit, samples["t_ns"], run.machine.probes[:, k])
 
 
 def _busy(samples: NDArray[np.void], k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
