@@ -61,7 +61,7 @@ class Log:
     @property
     def cameras(self) -> tuple[str, ...]:
         """Names of V."""
-        return tuple(self.header["cameras"])
+        return tuple(self.header.get("cameras", ()))
 
     def records(self, topic: str, *needs: str) -> NDArray[np.void]:
         """Of a CDR topic, (N,) structured with the fields that the *file* has, in the order they were logged.
