@@ -81,7 +81,7 @@ def header(log: Log) -> dict[str, Any]:
 def machine_records(log: Log) -> MachineRecords | None:
     """The machine beside the loop, None when nobody looked at it."""
     about = log.header.get("machine")
-    return MachineRecords(about, log.records("/machine")) if about else None
+    return MachineRecords(about, log.records("/machine")) if about and "/machine" in log.topics else None
 
 
 def missed_ticks(log: Log) -> int:

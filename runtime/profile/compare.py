@@ -16,6 +16,7 @@ from onbeat.runtime.summary import STAGES, stage_samples
 
 ASIDE: Final = frozenset({"run_dir", "seed", "seconds"})  # of the config: what may differ between runs of the same
 LEAST_CLOCK_CHANGE: Final = 0.02  # of a clock's median
+LEAST_LOAD_CHANGE: Final = 0.5  # of the lower load
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,11 @@ class StageVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """differences: what else is not the same, in words; each makes the verdicts mean less."""
+    """differences: what else is not the same, in words; each makes the verdicts mean less. again: further runs of A."""
 
     differences: tuple[str, ...]
     stages: tuple[StageVerdict, ...]
+    again: int
 
 
 def compare(
@@ -46,11 +48,11 @@ def compare(
     """profiles: of a and of b. again: further runs of what `a` is; how far they lie from it is no difference."""
     samples = [stage_samples(after_start(run)) for run in (a, b, *again)]
     verdicts = (_verdict(key, [of_run[key] for of_run in samples]) for key in STAGES)
-    return Comparison(tuple(differences(*profiles)), tuple(verdicts))
+    return Comparison(tuple(differences(*profiles)), tuple(verdicts), len(again))
 
 
 def _verdict(key: str, runs: Sequence[Any]) -> StageVerdict:
-    judgements = tuple(judge(runs[0], runs[1], percent, runs[2:]) for percent in JUDGED)
+    judgements = judge(runs[0], runs[1], JUDGED, runs[2:])
     known = [j.verdict for j in judgements if j.verdict != UNKNOWN]
     changed = [verdict for verdict in known if verdict != SAME]
     return StageVerdict(STAGES[key].name, (changed or known or [UNKNOWN])[0], judgements)
@@ -64,6 +66,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     for name in ("model", "cores", "kernel", "release", "power_mode", "cpu_governor", "gpu_governor"):
         yield from _difference(name, a["conditions"][name], b["conditions"][name])
     yield from _clocks(a["conditions"]["clocks_hz"] or {}, b["conditions"]["clocks_hz"] or {})
+    yield from _load(a["conditions"]["load"], b["conditions"]["load"])
     for label, profile in (("A", a), ("B", b)):
         if is_throttled(profile["conditions"]):
             yield f"{label} was throttled: {dict(conditions_words(profile['conditions']))['throttling']}"
@@ -96,6 +99,15 @@ def _clocks(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: median {one / 1e6:.0f} against {other / 1e6:.0f} MHz"
 
 
+def _load(a: float | None, b: float | None) -> Iterator[str]:
+    """What else wanted the processors; runs on a busy machine differ by that alone."""
+    if a is not None and b is not None and abs(a - b) > max(1.0, LEAST_LOAD_CHANGE * min(a, b)):
+        yield f"load: {a:.1f} against {b:.1f}"
+
+
+ONE_PROCESS: Final = (
+    "One process each: two of the same thing may differ too. Further runs of A, given with --again, tell by how much."
+)
 HEADS: Final = ("stage", "figure", "A ms", "B ms", "change", "A/A spread", "verdict")
 
 
@@ -119,6 +131,8 @@ def as_text(comparison: Comparison) -> str:
     warnings = [f"differs: {words}" for words in comparison.differences] or ["nothing else that is known differs"]
     changed = [_sentence(s) for s in comparison.stages if s.verdict not in (SAME, UNKNOWN)]
     end = changed or ["no stage differs by more than runs of the same do"]
+    if changed and not comparison.again:
+        end.append(ONE_PROCESS)
     return "\n".join([*warnings, "", text_table(HEADS, rows(comparison)), "", *end])
 
 
@@ -129,9 +143,10 @@ def _sentence(stage: StageVerdict) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """{"differences": [text], "stages": [{stage, verdict, percentiles: [{percent, a_ms, ..., verdict}]}]}."""
+    """{differences: [text], again: count, stages: [{stage, verdict, percentiles: [{percent, a_ms, ..., verdict}]}]}."""
     return {
         "differences": list(comparison.differences),
+        "again": comparison.again,
         "stages": [
             {"stage": s.stage, "verdict": s.verdict, "percentiles": [_json(j) for j in s.percentiles]}
             for s in comparison.stages

@@ -99,7 +99,10 @@ def stages(run: RunRecords) -> dict[str, dict[str, Any]]:
 
 
 def _stage(samples_ns: NDArray[np.int64]) -> dict[str, Any]:
-    return {**asdict(summarise_ns(samples_ns)), **{spread_name(p): _spread_ms(samples_ns, p) for p in JUDGED}}
+    blocks, known = cut(samples_ns), [p for p in JUDGED if supports(len(samples_ns) // 2, p)]
+    spreads = {} if blocks is None else dict(zip(known, halves_spread(blocks, known) / 1e6, strict=True))
+    apart = {spread_name(p): float(spreads[p]) if p in spreads else None for p in JUDGED}
+    return {**asdict(summarise_ns(samples_ns)), **apart}
 
 
 def spread_name(percent: float) -> str:
@@ -107,17 +110,15 @@ def spread_name(percent: float) -> str:
     return f"aa_p{percent:g}_ms"
 
 
-def _spread_ms(samples_ns: NDArray[np.int64], percent: float) -> float | None:
-    blocks = cut(samples_ns) if supports(len(samples_ns) // 2, percent) else None
-    return None if blocks is None else halves_spread(blocks, percent) / 1e6
-
-
 def spread_cells(stage: Mapping[str, Any]) -> tuple[str, str]:
     """For people: the A/A spread of the median, and of the largest percentile that is judged, as shares of them."""
     shares = [_share_of(stage, percent) for percent in JUDGED]
     tail = next((share for share in reversed(shares[1:]) if share is not None), None)
-    middle, end = ("-" if share is None else f"±{100 * share:.1f} %" for share in (shares[0], tail))
-    return middle, end
+    return _plus_minus(shares[0]), _plus_minus(tail)
+
+
+def _plus_minus(share: float | None) -> str:
+    return "-" if share is None else f"±{100 * share:.{1 if share < 0.1 else 0}f} %"
 
 
 def _share_of(stage: Mapping[str, Any], percent: float) -> float | None:

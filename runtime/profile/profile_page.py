@@ -136,7 +136,7 @@ def _overview(profile: Profile, _: RunRecords) -> str:
     )
 
 
-RANGE_PX: Final = (230, 22)
+RANGE_PX: Final = (190, 22)
 
 
 def _decades_of(least_ms: float, most_ms: float) -> tuple[float, float]:
@@ -229,7 +229,7 @@ def _timeline(_: Profile, run: RunRecords) -> str:
 
 def _delay(profile: Profile, run: RunRecords) -> str:
     executed = executed_delays(run)
-    ran = [chunk for chunk in run.chunks if chunk.chunk_id in executed]
+    ran = [c for c in run.chunks if c.chunk_id in executed and c.published_ns >= run.ticks.start_ns[0]]
     if not ran:
         return ""
     times = page.seconds(run, np.array([chunk.published_ns for chunk in ran]))

@@ -12,7 +12,7 @@ less than a whole one, so the spread is rather too wide: a verdict errs towards 
 Source: Künsch, "The jackknife and the bootstrap for general stationary observations", 1989, for drawing blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,11 +27,11 @@ LEAST_IN_BLOCK: Final = 10
 DRAWS: Final = 500
 LEVEL: Final = 0.99
 LEAST_SHARE: Final = 0.01  # of a figure: less than that is no difference, however sure
-DISTINCT: Final = 2048  # values that are told apart; the largest DISTINCT / 2 of a long run are kept exactly
+DISTINCT: Final = 1024  # values of a long run that are told apart
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference", "too few samples"
 
-# N samples, B blocks, K distinct values, R draws.
+# N samples, B blocks, K distinct values, R draws, Q percentiles.
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,12 @@ class Blocks:
     values: NDArray[np.float64]
     counts: NDArray[np.float64]
 
-    def percentiles(self, weights: NDArray[np.float64], percent: float) -> NDArray[np.float64]:
-        """The least value with `percent` of the samples at or below it, (R,). weights: (R, B), of the blocks."""
+    def percentiles(self, weights: NDArray[np.float64], percents: Sequence[float]) -> NDArray[np.float64]:
+        """(R, Q): per percentile the least value with that share of the samples at or below it. weights: (R, B)."""
         at_or_below = np.cumsum(weights @ self.counts, axis=1)
-        reached = at_or_below >= at_or_below[:, -1:] * (percent / 100) - 1e-9
-        return self.values[np.argmax(reached, axis=1)]
+        wanted = at_or_below[:, -1:] * (np.asarray(percents) / 100) - 1e-9
+        places = [np.searchsorted(row, goals) for row, goals in zip(at_or_below, wanted, strict=True)]
+        return self.values[np.minimum(places, len(self.values) - 1)]
 
 
 def cut(samples: ArrayLike) -> Blocks | None:
@@ -63,27 +64,28 @@ def cut(samples: ArrayLike) -> Blocks | None:
 
 
 def _distinct(series: NDArray[np.float64]) -> NDArray[np.float64]:
+    """All values, or of many those of even ranks, and more of them the nearer to the largest."""
     values = np.unique(series)
     if len(values) <= DISTINCT:
         return values
-    body = np.linspace(0, len(values) - DISTINCT // 2, DISTINCT // 2, endpoint=False).astype(int)
-    return np.concatenate((values[body], values[-(DISTINCT // 2) :]))
+    even = np.linspace(0, len(values) - 1, DISTINCT // 2).astype(int)
+    from_the_largest = len(values) - np.geomspace(1, len(values), DISTINCT // 2).astype(int)
+    return values[np.union1d(even, from_the_largest)]
 
 
-def halves_spread(blocks: Blocks, percent: float, seed: int = 0) -> float:
-    """How far the percentile of one half of the run lies from that of the other, in all but 1 - LEVEL of the deals."""
+def halves_spread(blocks: Blocks, percents: Sequence[float], seed: int = 0) -> NDArray[np.float64]:
+    """(Q,): how far the percentiles of one half of a run lie from those of the other, in all but 1 - LEVEL of deals."""
     count = len(blocks.counts)
     deal = np.argsort(np.random.default_rng(seed).random((DRAWS, count)), axis=1) % 2
-    one, other = (blocks.percentiles(weights.astype(np.float64), percent) for weights in (deal, 1 - deal))
-    return float(np.quantile(np.abs(one - other), LEVEL))
+    one, other = (blocks.percentiles(weights.astype(np.float64), percents) for weights in (deal, 1 - deal))
+    return np.quantile(np.abs(one - other), LEVEL, axis=0)
 
 
-def difference_interval(a: Blocks, b: Blocks, percent: float, seed: int = 0) -> tuple[float, float]:
-    """The LEVEL interval of the percentile of b less that of a."""
+def difference_interval(a: Blocks, b: Blocks, percents: Sequence[float], seed: int = 0) -> NDArray[np.float64]:
+    """(2, Q): the LEVEL interval of the percentiles of b less those of a."""
     generator = np.random.default_rng(seed)
-    drawn = [blocks.percentiles(_redraw(generator, len(blocks.counts)), percent) for blocks in (a, b)]
-    low, high = np.quantile(drawn[1] - drawn[0], ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(low), float(high)
+    of_a, of_b = (blocks.percentiles(_redraw(generator, len(blocks.counts)), percents) for blocks in (a, b))
+    return np.quantile(of_b - of_a, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
 
 
 def _redraw(generator: np.random.Generator, count: int) -> NDArray[np.float64]:
@@ -111,18 +113,34 @@ class Judgement:
         return None if self.a is None or self.b is None or self.a == 0 else (self.b - self.a) / self.a
 
 
-def judge(a: ArrayLike, b: ArrayLike, percent: float, again: Sequence[ArrayLike] = ()) -> Judgement:
-    """Compare a percentile of two runs. again: further runs of what `a` is, which tell how far processes lie apart."""
+def judge(
+    a: ArrayLike, b: ArrayLike, percents: Sequence[float], again: Sequence[ArrayLike] = ()
+) -> tuple[Judgement, ...]:
+    """Compare percentiles of two runs. again: further runs of what `a` is: how far they all lie apart is no difference.
+
+    One process may be slower than the next for all its life (where its memory lies, how its camera's frames fall on
+    policy steps); no deal of one run's blocks can show that.
+    """
     series = [np.asarray(run, np.float64).reshape(-1) for run in (a, b, *again)]
-    runs = [blocks for run in series if supports(len(run) // 2, percent) and (blocks := cut(run)) is not None]
-    if len(runs) < len(series):
-        return Judgement(percent, None, None, None, None, None, UNKNOWN)
-    figures = [float(np.percentile(run, percent)) for run in series]
-    by_chance = [halves_spread(run, percent) for run in runs] + [abs(figure - figures[0]) for figure in figures[2:]]
-    spread = max(*by_chance, LEAST_SHARE * abs(figures[0]))
-    low, high = difference_interval(runs[0], runs[1], percent)
-    verdict = _verdict(figures[1] - figures[0], spread, low, high)
-    return Judgement(percent, figures[0], figures[1], spread, low, high, verdict)
+    told = [percent for percent in percents if all(supports(len(run) // 2, percent) for run in series)]
+    runs = [blocks for run in series if (blocks := cut(run)) is not None]
+    known = {j.percent: j for j in _judge(series, runs, told)} if told and len(runs) == len(series) else {}
+    unknown = (None, None, None, None, None, UNKNOWN)
+    return tuple(known.get(percent, Judgement(percent, *unknown)) for percent in percents)
+
+
+def _judge(
+    series: Sequence[NDArray[np.float64]], runs: Sequence[Blocks], percents: Sequence[float]
+) -> Iterator[Judgement]:
+    """series, runs: of a, of b, and of the others that are what a is."""
+    figures = np.array([np.percentile(run, percents) for run in series])
+    of_a = np.delete(figures, 1, axis=0)
+    apart = np.vstack([np.ptp(of_a, axis=0), *(halves_spread(run, percents) for run in runs)])
+    spreads = np.maximum(apart.max(axis=0), LEAST_SHARE * np.abs(figures[0]))
+    lows, highs = difference_interval(runs[0], runs[1], percents)
+    for percent, a, b, spread, low, high in zip(percents, *figures[:2], spreads, lows, highs, strict=True):
+        verdict = _verdict(b - a, spread, low, high)
+        yield Judgement(percent, float(a), float(b), float(spread), float(low), float(high), verdict)
 
 
 def _verdict(difference: float, spread: float, low: float, high: float) -> str:
