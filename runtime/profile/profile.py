@@ -187,13 +187,14 @@ def _parser() -> argparse.ArgumentParser:
         usage="onbeat profile LOG | --live [arguments of onbeat run] | --compare A B [--again LOG ...]  [options]",
         description="Latency of every stage and tick, from a recorded run or from one that is driven now.",
         epilog="With --live every other argument goes to `onbeat run` (onbeat run --help).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--live", action="store_true", help="drive a run first, with the arguments of `onbeat run`")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two runs: a verdict per stage")
     parser.add_argument("--again", type=Path, nargs="+", default=[], metavar="LOG", help="further runs of what A is")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Perfetto trace too")
-    parser.add_argument("--into", type=Path, metavar="FOLDER", help=f"of {JSON_FILE} and {PAGE_FILE}; else the log's")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help=f"of {JSON_FILE} and {PAGE_FILE}; None: the log's")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print the profile as JSON")
     return parser
 
