@@ -123,7 +123,8 @@ def as_text(profile: Mapping[str, Any]) -> str:
     ]
     if profile["threads"]:
         parts.append(text_table(THREAD_HEADS, thread_rows(profile)))
-    return "\n\n".join([*parts, *(f"incomplete: {problem}" for problem in profile["log_problems"])])
+    problems = "\n".join(f"incomplete: {problem}" for problem in profile["log_problems"])
+    return "\n\n".join([*parts, *([problems] if problems else [])])
 
 
 def headline(profile: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
