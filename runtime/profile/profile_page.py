@@ -137,6 +137,7 @@ def _overview(profile: Profile, _: RunRecords) -> str:
 
 
 RANGE_PX: Final = (190, 22)
+MOST_DECADES: Final = 6  # whose figures stand side by side
 
 
 def _decades_of(least_ms: float, most_ms: float) -> tuple[float, float]:
@@ -145,7 +146,9 @@ def _decades_of(least_ms: float, most_ms: float) -> tuple[float, float]:
 
 
 def _range_axis(limits: tuple[float, float]) -> str:
-    marks = (chart.strip_text(RANGE_PX, limits, x, text) for x, text in chart.decades(limits))
+    ticks = chart.decades(limits)
+    roomy = ticks if len(ticks) <= MOST_DECADES else ticks[::2]
+    marks = (chart.strip_text(RANGE_PX, limits, x, text) for x, text in roomy)
     return chart.strip(RANGE_PX, *marks, title="ms, logarithmic")
 
 
