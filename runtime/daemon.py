@@ -34,6 +34,7 @@ from onbeat.runtime.flight.encoding import PNG
 from onbeat.runtime.flight.header import make_header
 from onbeat.runtime.flight.reader import LOG_FOLDER
 from onbeat.runtime.flight.recorder import Recorder
+from onbeat.runtime.flight.view_pipe import ViewPipe
 from onbeat.runtime.flight.writer import DEFAULT_BUDGET_BYTES
 from onbeat.runtime.guard import Guard, end_arm
 from onbeat.runtime.loop import ControlLoop, compile_ahead
@@ -61,7 +62,8 @@ class DaemonConfig:
     """All that a daemon is told. robot: a RobotConfig as JSON, with port and cameras filled in. seconds: of motion.
 
     seed: of the policy's noise. run_dir: where the log goes. threads: of the inference engine. mode: one of
-    modes.MODES, "" for the checkpoint's own. log_frames: encoding.PNG or JPEG.
+    modes.MODES, "" for the checkpoint's own. log_frames: encoding.PNG or JPEG. view: where it can be watched, as
+    flight.view.open_stream takes it, "" for nowhere.
     """
 
     robot: Mapping[str, Any]
@@ -75,6 +77,7 @@ class DaemonConfig:
     allow_untrained_prefix: bool = False
     log_budget_bytes: int = DEFAULT_BUDGET_BYTES
     log_frames: str = PNG
+    view: str = ""
 
     @classmethod
     def from_json(cls, text: str) -> "DaemonConfig":
@@ -294,7 +297,8 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
         bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
         guard = devices.enter_context(Guard(robot, bus))
-        recorder = devices.enter_context(open_recorder(config, header, sampler))
+        view = devices.enter_context(ViewPipe(config.view, header)) if config.view else None
+        recorder = devices.enter_context(open_recorder(config, header, sampler, view))
         session = Session(
             robot,
             policy,
@@ -318,11 +322,20 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
         raise RecordsLost(f"the log in {recorder.folder} is incomplete ({recorder.error}): make room")
 
 
-def open_recorder(config: DaemonConfig, header: Mapping[str, Any], sampler: MachineSampler) -> Recorder:
+def open_recorder(
+    config: DaemonConfig, header: Mapping[str, Any], sampler: MachineSampler, view: ViewPipe | None
+) -> Recorder:
     """Begin the log. Raises RecordsLost."""
     folder = Path(config.run_dir) / LOG_FOLDER
     try:
-        return Recorder(folder, header, budget_bytes=config.log_budget_bytes, form=config.log_frames, sampler=sampler)
+        return Recorder(
+            folder,
+            header,
+            budget_bytes=config.log_budget_bytes,
+            form=config.log_frames,
+            sampler=sampler,
+            watch=None if view is None else view.show,
+        )
     except OSError as error:
         raise RecordsLost(f"no log can be written in {folder} ({error.strerror}): name another with --out") from error
 

@@ -25,6 +25,7 @@ from onbeat.runtime.bundle import load_bundle
 from onbeat.runtime.daemon import DaemonConfig
 from onbeat.runtime.flight.encoding import FORMS, PNG
 from onbeat.runtime.flight.reader import LOG_FOLDER
+from onbeat.runtime.flight.view import LIVE, REMOTE, check_target
 from onbeat.runtime.modes import MODES, choose_mode
 from onbeat.runtime.report import PAGE_FILE, TWIN_FOLDER, write_report
 from onbeat.runtime.robots import ROBOTS, Robot, RobotConfig, as_json, build_robot, limits_table, load_robot
@@ -66,6 +67,7 @@ class RunOptions:
     allow_untrained_prefix: bool = False
     log_budget_mb: float = 2000.0
     log_frames: str = PNG
+    view: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +120,8 @@ def check(options: RunOptions) -> Robot:
         _check_real(robot.config, options)
     if not 0 < options.seconds < math.inf:
         raise RunRefused(f"--seconds {options.seconds}: give a time above 0")
+    if options.view:
+        check_target(options.view)
     if not LEAST_LOG_MB <= options.log_budget_mb < math.inf:
         raise RunRefused(f"--log-budget-mb {options.log_budget_mb:g}: give {LEAST_LOG_MB} or more")
     if options.threads < 1:
@@ -196,6 +200,7 @@ def daemon_config(config: RobotConfig, options: RunOptions, folder: Path) -> Dae
         allow_untrained_prefix=options.allow_untrained_prefix,
         log_budget_bytes=round(options.log_budget_mb * 1e6),
         log_frames=options.log_frames,
+        view=options.view,
     )
 
 
@@ -336,5 +341,13 @@ def parse(argv: Sequence[str] | None) -> RunOptions:
     parser.add_argument("--allow-untrained-prefix", action="store_true", help="keep rows that training never did")
     parser.add_argument("--log-budget-mb", type=float, default=2000.0, help="of disk for the flight log, MB")
     parser.add_argument("--log-frames", choices=FORMS, default=PNG, help="how frames are kept; png loses nothing")
+    parser.add_argument(
+        "--view",
+        nargs="?",
+        const=LIVE,
+        default="",
+        metavar="TO",
+        help=f"watch in Rerun: on this screen, into a file that ends in .rrd, or at {REMOTE[0]}HOST:9876/proxy",
+    )
     parser.add_argument("--json", action="store_true", dest="is_json", help="print the report as JSON")
     return RunOptions(**vars(parser.parse_args(argv)))

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,15 @@ _SCHEMA_LINE = re.compile(r"^(\w+)(?:\[(\d+)\])? (\w+) *(?:# (?:\(((?:\w=\d+(?:,
 
 class BadMessage(OnbeatError):
     """Bytes that are no message of their schema, or a schema that this version cannot read."""
+
+
+class Encoded(NamedTuple):
+    """A message on its way to the file, and to whoever watches. t_ns: monotonic, when it is from."""
+
+    topic: str
+    message: bytes
+    t_ns: int
+    sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)

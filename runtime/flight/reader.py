@@ -113,7 +113,7 @@ class _Found:
 
 def read_log(path: Path) -> Log:
     """A log folder, the folder of a run, or one file of a log. Raises NoLog when there is none that begins."""
-    files, problems = _files(path), list[str]()
+    files, problems = log_files(path), list[str]()
     found = _Found()
     problems += _missing_files(files)
     for file in files:
@@ -128,7 +128,8 @@ def read_log(path: Path) -> Log:
     return Log(tuple(files), found.header, tuple(found.events), found.outcome, tuple(problems), records)
 
 
-def _files(path: Path) -> list[Path]:
+def log_files(path: Path) -> list[Path]:
+    """The files of a log folder, of a run's, or the one that is named, oldest first. Raises NoLog."""
     if path.is_file():
         return [path]
     folder = path / LOG_FOLDER if (path / LOG_FOLDER).is_dir() else path

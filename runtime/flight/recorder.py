@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.engine import PolicySpec
 from onbeat.runtime.faults import Fault, Level
-from onbeat.runtime.flight.encoding import PNG, compress, encode_frame, encode_rows
+from onbeat.runtime.flight.encoding import PNG, Encoded, compress, encode_frame, encode_rows
 from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.flight.messages import CAMERA
 from onbeat.runtime.flight.writer import DEFAULT_BUDGET_BYTES, LogWriter
@@ -31,15 +31,6 @@ from onbeat.runtime.record import TickRing, take_ticks
 DRAIN_PERIOD_S: Final = 0.1  # of the loop's ticks, of which its ring holds seconds
 SYNC_PERIOD_NS: Final = 400_000_000  # with a drain more, and the disk's time, what a power cut takes is under a second
 MOST_WAITING: Final = 32  # inferences: three seconds of them, some 60 MB with two large cameras
-
-
-class Encoded(NamedTuple):
-    """A message on its way to the file, and to whoever watches."""
-
-    topic: str
-    message: bytes
-    t_ns: int
-    sequence: int = 0
 
 
 def sizes_of(spec: PolicySpec, *, joints: int, views: int, threads: int = 0, probes: int = 0) -> dict[str, int]:

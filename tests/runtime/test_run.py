@@ -258,7 +258,8 @@ class TestScripted:
 @pytest.mark.usefixtures("nothing_left")
 class TestRun:
     def test_drives_reports_and_keeps_to_its_half(self, bundle: Path, tmp_path: Path):
-        run = start_run(bundle, tmp_path, "--seconds", "4", "--json")
+        seen = tmp_path.with_suffix(".rrd")
+        run = start_run(bundle, tmp_path, "--seconds", "4", "--json", "--view", str(seen))
         out, err = run.communicate(timeout=90)
         assert run.returncode == 0, err
         printed, folder = json.loads(out), run_folder(tmp_path)
@@ -275,12 +276,15 @@ class TestRun:
         assert set(chunks["observed_ns"]) == set(log.records("/observation")["t_ns"])
         stamps = {view: [t_ns for t_ns, _ in log.frames(view)] for view in VIEWS}
         assert all((np.diff(stamps[view]) > 0).all() for view in VIEWS)
-        seen = log.records("/observation")["captured_ns"].T
-        assert {view: set(t_ns) for view, t_ns in stamps.items()} == dict(zip(log.cameras, map(set, seen), strict=True))
+        captured = log.records("/observation")["captured_ns"].T
+        assert {view: set(t_ns) for view, t_ns in stamps.items()} == dict(
+            zip(log.cameras, map(set, captured), strict=True)
+        )
         assert len(read_goals(folder / "twin")) >= len(ticks["t_ns"])
+        assert seen.stat().st_size > 100_000, "the view saved what it was shown"
         modules = set(told["modules"])
         assert "onnxruntime" in modules
-        assert modules & {"mujoco", "torch", "onnx", "OpenGL", "transformers"} == set()
+        assert modules & {"mujoco", "rerun", "torch", "onnx", "OpenGL", "transformers"} == set()
         forbidden = ("onbeat.training", "onbeat.export", "onbeat.drivers.twin.world", "onbeat.drivers.twin.referee")
         assert [name for name in modules if name.startswith(forbidden)] == []
 

@@ -10,10 +10,11 @@ import pytest
 from onbeat.drivers.interfaces import Frame
 from onbeat.runtime.faults import Fault, Level
 from onbeat.runtime.flight import recorder as module
+from onbeat.runtime.flight.encoding import Encoded
 from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.flight.messages import CHUNK, FORMAT, LETTERS
 from onbeat.runtime.flight.reader import Log, read_log
-from onbeat.runtime.flight.recorder import MOST_WAITING, Encoded, Recorder
+from onbeat.runtime.flight.recorder import MOST_WAITING, Recorder
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.profile.machine import MachineSampler
 from onbeat.runtime.record import TickRing, new_tick_ring
