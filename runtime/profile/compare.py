@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from onbeat.runtime.measures import figure, text_table
-from onbeat.runtime.profile.figures import JUDGED, after_start, conditions_words, is_throttled
+from onbeat.runtime.profile.conditions import conditions_words, is_throttled
+from onbeat.runtime.profile.figures import JUDGED, after_start
 from onbeat.runtime.profile.spread import SAME, UNKNOWN, Judgement, judge
 from onbeat.runtime.run_records import RunRecords
 from onbeat.runtime.summary import STAGES, stage_samples

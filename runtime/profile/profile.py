@@ -17,7 +17,8 @@ from typing import Any, Final
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.measures import figure, text_table
 from onbeat.runtime.profile import compare, profile_page
-from onbeat.runtime.profile.figures import conditions_words, measure, spread_cells
+from onbeat.runtime.profile.conditions import conditions_words
+from onbeat.runtime.profile.figures import measure, spread_cells
 from onbeat.runtime.profile.trace import write_trace
 from onbeat.runtime.report import read_run
 from onbeat.runtime.run import DaemonFailed, drive

@@ -1,7 +1,7 @@
 """profile.html: where the time goes between a frame and a command, how sure that is, and what the machine did."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any, Final
 
@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.runtime import chart, page
-from onbeat.runtime.faults import Fault
 from onbeat.runtime.measures import figure, histogram
-from onbeat.runtime.profile.figures import action_ages, after_start, conditions_words, is_throttled, spread_cells
+from onbeat.runtime.profile.figures import action_ages, after_start, spread_cells
+from onbeat.runtime.profile.machine_page import Profile, faults_section, machine_section, under
 from onbeat.runtime.run_records import RunRecords
 from onbeat.runtime.summary import STAGES, executed_delays, frames_to_commands, stage_samples
 
-Profile = Mapping[str, Any]
-PENS: Final = ("a", "b", "c", "d", "good", "pale")
 WAY: Final = ("camera_age", "observe", "prefix", "flow", "publish")
 
 
@@ -71,13 +69,6 @@ def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _under(profile: Profile) -> str:
-    """What every figure was taken under, in one line."""
-    css = "under hot" if is_throttled(profile["conditions"]) else "under"
-    words = (f"{name}: <b>{escape(value)}</b>" for name, value in conditions_words(profile["conditions"]))
-    return f'<p class="{css}">{" · ".join(words)}</p>'
-
-
 def _way(profile: Profile, run: RunRecords) -> str:
     """The way from a frame to a command, as a bar."""
     parts = way(after_start(run))
@@ -102,7 +93,7 @@ def _way(profile: Profile, run: RunRecords) -> str:
     )
     key = chart.legend([(paint, f"{name} {ms:.1f} ms") for (name, ms), paint in zip(parts, css, strict=True)])
     words = f"On average {total:.0f} ms from the capture of a frame to the first command that its chunk gave."
-    return page.section("From frame to command", words, key, page.wide(drawing), _under(profile))
+    return page.section("From frame to command", words, key, page.wide(drawing), under(profile))
 
 
 def way(run: RunRecords) -> list[tuple[str, float]]:
@@ -132,7 +123,7 @@ def _overview(profile: Profile, _: RunRecords) -> str:
         "apart; less than that is no difference between two runs. A dash: too few samples to tell.",
         key,
         page.latency_table(profile["stages"], (_range_axis(limits), "A/A p50, tail"), cells),
-        _under(profile),
+        under(profile),
     )
 
 
@@ -170,7 +161,7 @@ def _log(value_ms: float) -> float:
 def _histograms(profile: Profile, run: RunRecords) -> str:
     words = "Dashed lines: p50 and p99. What lies beyond the right edge is in the last bar."
     drawings = page.stage_histograms(stage_samples(after_start(run)))
-    return page.section("How the times are spread", words, drawings, _under(profile))
+    return page.section("How the times are spread", words, drawings, under(profile))
 
 
 def _lateness(profile: Profile, run: RunRecords) -> str:
@@ -188,7 +179,7 @@ def _lateness(profile: Profile, run: RunRecords) -> str:
         words,
         page.wide(_later_than(late_ms, period_ms)),
         page.wide(page.lateness_over_time(run, profile["duration_s"], marks)),
-        _under(profile),
+        under(profile),
     )
 
 
@@ -243,8 +234,8 @@ def _delay(profile: Profile, run: RunRecords) -> str:
     drawing = chart.svg(
         axes,
         chart.grid(axes, x_label="time, s", y_label="policy steps", x_ticks=10, y_ticks=_whole(axes.y_range[1])),
-        chart.line(axes, *_thinned(times, budget), "pen pale thick"),
-        chart.line(axes, *_thinned(times, steps), "pen a"),
+        chart.line(axes, *page.thinned(times, budget), "pen pale thick"),
+        chart.line(axes, *page.thinned(times, steps), "pen a"),
         *(
             chart.dot(axes, float(t), float(s), "ink bad", "over budget")
             for t, s in zip(times[over], steps[over], strict=True)
@@ -267,11 +258,6 @@ def _whole(most: float) -> list[tuple[float, str]]:
     return [(float(k), str(k)) for k in range(0, int(most) + 1, step)]
 
 
-def _thinned(times: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[list[float], list[float]]:
-    x, y = chart.peaks(times, values, page.COLUMNS)
-    return x.tolist(), y.tolist()
-
-
 def _ages(ages_ms: NDArray[np.float64]) -> str:
     if len(ages_ms) == 0:
         return ""
@@ -288,94 +274,6 @@ def _ages(ages_ms: NDArray[np.float64]) -> str:
         title="histogram of the age of executed actions",
     )
     return page.wide(drawing)
-
-
-def _machine(profile: Profile, run: RunRecords) -> str:
-    heading = "The machine meanwhile"
-    machine = run.machine
-    if machine is None or len(machine.samples) < 2:
-        return page.section(
-            heading, "Not recorded in this log: processor time, memory, clocks and temperatures are not known here."
-        )
-    times = page.seconds(run, machine.samples["t_ns"].astype(np.float64))
-    names = machine.about["threads"]
-    spans = np.diff(machine.samples["t_ns"])
-    cpu, wait = (100 * np.diff(machine.samples[name], axis=0) / spans[:, None] for name in ("cpu_ns", "wait_ns"))
-    faults = np.diff(machine.samples["minor_faults"] + machine.samples["major_faults"], axis=0) / (spans[:, None] / 1e9)
-    resident = machine.samples["resident_bytes"][:, None] / 1e6
-    drawings = [
-        _lines("processor time", "% of one processor", times[1:], cpu, names),
-        _lines("waiting for a processor", "% of the time", times[1:], wait, names),
-        _lines("memory of the process", "MB resident", times, resident, ["resident"]),
-        _lines("page faults", "per second", times[1:], faults, names),
-        *_probe_lines(machine.about, machine.probes, times),
-    ]
-    words = "Sampled twice a second beside the loop. By thread, as far as threads have names; the rest is “other”."
-    return page.section(heading, words, f'<div class="grid2">{"".join(drawings)}</div>', _under(profile))
-
-
-def _probe_lines(about: Mapping[str, Any], probes: NDArray[np.float64], times: NDArray[np.float64]) -> list[str]:
-    """Clocks, temperatures and power, each kind in one drawing, as far as the machine has them."""
-    drawings = []
-    for caption, kind, unit, scale in PROBE_CHARTS:
-        columns = [k for k, name in enumerate(about["probes"]) if kind in name and np.isfinite(probes[:, k]).any()]
-        if columns:
-            names = [about["probes"][k].replace(kind, "").strip() for k in columns]
-            drawings.append(_lines(caption, unit, times, probes[:, columns] * scale, names))
-    return drawings
-
-
-PROBE_CHARTS: Final = (
-    ("clocks", " clock ", "MHz", 1e-6),
-    ("temperatures", "temperature ", "°C", 1.0),
-    ("throttling", "throttling ", "state", 1.0),
-    ("power", "power ", "W", 1.0),
-)
-
-
-def _lines(caption: str, unit: str, times: NDArray[np.float64], values: NDArray[Any], names: Sequence[str]) -> str:
-    """A drawing of columns (N, K) over time, K names."""
-    most = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
-    axes = chart.Axes(340, 170, (float(times[0]), float(times[-1])), (0.0, most * 1.1 or 1.0))
-    pens = [PENS[k % len(PENS)] for k in range(len(names))]
-    curves = (_curve(axes, times, values[:, k], pen) for k, pen in enumerate(pens))
-    drawing = chart.svg(axes, chart.grid(axes, x_label="time, s", y_label=unit, x_ticks=5), *curves, title=caption)
-    key = chart.legend([(f"ink {pen}", name) for name, pen in zip(names, pens, strict=True)]) if len(names) > 1 else ""
-    return page.captioned(caption, unit, drawing + key)
-
-
-def _curve(axes: chart.Axes, times: NDArray[np.float64], values: NDArray[Any], pen: str) -> str:
-    return chart.line(axes, *_thinned(times, values.astype(np.float64)), f"pen {pen}")
-
-
-def _faults(profile: Profile, run: RunRecords) -> str:
-    seen = [fault for fault in Fault if (run.ticks.faults >> int(fault) & 1).any()]
-    if not seen:
-        return page.section("Faults", "None of the fault table was seen in this run.")
-    axes = chart.Axes(1060, 44 + 30 * len(seen), (0.0, max(profile["duration_s"], 1e-3)), (float(len(seen)), 0.0))
-    drawing = chart.svg(
-        axes,
-        chart.grid(axes, x_label="time, s", y_label="", x_ticks=10, y_ticks=0),
-        *(_fault_lane(axes, lane, fault, run) for lane, fault in enumerate(seen)),
-        title="which faults were there when",
-    )
-    words = "Each bar is a stretch in which the fault was there; what follows from it stands in docs/faults.md."
-    return page.section("Faults", words, page.wide(drawing))
-
-
-def _fault_lane(axes: chart.Axes, lane: int, fault: Fault, run: RunRecords) -> str:
-    there = (run.ticks.faults >> int(fault) & 1).astype(np.int8)
-    edges = np.diff(there, prepend=0, append=0)
-    starts, ends = np.flatnonzero(edges > 0), np.flatnonzero(edges < 0) - 1
-    spans = zip(run.ticks.start_ns[starts].tolist(), run.ticks.start_ns[ends].tolist(), strict=True)
-    words = fault.name.lower().replace("_", " ")
-    blocks = (
-        chart.block(
-            axes, (page.seconds(run, a), page.seconds(run, b) + 1e-3), (lane + 0.95, lane + 0.5), "ink bad", words
-        )
-        for a, b in spans
-    )
-    return "".join(blocks) + chart.note(axes, axes.x_range[0], lane + 0.4, f"{words}, {len(starts)} ×")
 
 
 def _cold(profile: Profile, _: RunRecords) -> str:
@@ -425,8 +323,8 @@ SECTIONS: Final[tuple[Callable[[Profile, RunRecords], str], ...]] = (
     _lateness,
     _timeline,
     _delay,
-    _faults,
-    _machine,
+    faults_section,
+    machine_section,
     _cold,
     _facts,
 )

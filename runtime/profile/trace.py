@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.runtime.faults import Fault
-from onbeat.runtime.profile.figures import action_ages
+from onbeat.runtime.profile.figures import action_ages, fault_stretches
 from onbeat.runtime.run_records import ChunkRecord, RunRecords
 from onbeat.runtime.summary import executed_delays
 
@@ -175,13 +175,12 @@ def _samples(run: RunRecords) -> Iterator[bytes]:
 
 def _fault(run: RunRecords, fault: Fault, uuid: int) -> Iterator[bytes]:
     """A track for a fault, if it was ever there."""
-    edges = np.diff((run.ticks.faults >> int(fault) & 1).astype(np.int8), prepend=0, append=0)
-    starts, ends = np.flatnonzero(edges > 0).tolist(), (np.flatnonzero(edges < 0) - 1).tolist()
-    if not starts:
+    stretches = fault_stretches(run, fault)
+    if not stretches:
         return
     words = fault.name.lower().replace("_", " ")
     yield descriptor(uuid, text(2, f"fault: {words}"))
-    for a, b in zip(starts, ends, strict=True):
+    for a, b in stretches:
         yield slice_of(uuid, words, int(run.ticks.start_ns[a]), int(run.ticks.start_ns[b] + 1))
 
 

@@ -16,15 +16,8 @@ from onbeat.runtime.flight.messages import BY_TOPIC, FORMAT, LETTERS, packed
 from onbeat.runtime.flight.reader import NoLog
 from onbeat.runtime.flight.writer import LogWriter
 from onbeat.runtime.profile import compare, profile, profile_page
-from onbeat.runtime.profile.figures import (
-    FIELDS,
-    START_NS,
-    UNKNOWN,
-    action_ages,
-    after_start,
-    conditions_words,
-    measure,
-)
+from onbeat.runtime.profile.conditions import UNKNOWN, conditions_words
+from onbeat.runtime.profile.figures import FIELDS, START_NS, action_ages, after_start, measure
 from onbeat.runtime.profile.profile_page import way
 from onbeat.runtime.profile.spread import FASTER, SAME, SLOWER
 from onbeat.runtime.report import read_run
