@@ -62,6 +62,9 @@ SENSORS: Final = (
         low="min_freq",
         high="max_freq",
     ),
+    Sensor(
+        "gpu load", "%", ("sys/class/devfreq/*.gpu/device/load", "sys/class/devfreq/*.ga10b/device/load"), scale=0.1
+    ),
     Sensor("emc clock", "Hz", ("sys/class/devfreq/bwmgr/cur_freq",), low="min_freq", high="max_freq"),
     Sensor("emc clock", "Hz", ("sys/kernel/debug/bpmp/debug/clk/emc/rate",), low="min_rate", high="max_rate"),
     Sensor("temperature", "°C", ("sys/class/thermal/thermal_zone*/temp",), scale=1e-3, label="type"),
@@ -131,7 +134,7 @@ def _name(sensor: Sensor, path: Path) -> str:
         return read_text(path.parent / sensor.label) or path.parent.name
     if sensor.unit == "count":
         return path.name.removesuffix("_event_cnt").removesuffix("_count")
-    return path.parent.parent.name if path.parent.name in ("cpufreq", "devfreq_dev") else path.parent.name
+    return path.parent.parent.name if path.parent.name in ("cpufreq", "devfreq_dev", "device") else path.parent.name
 
 
 def _bound(folder: Path, file: str, scale: float) -> float | None:

@@ -15,6 +15,7 @@ UNKNOWN: Final = "not known here"
 PLAIN: Final = ("model", "release", "kernel", "cores", "memory_bytes", "power_mode", "cpu_governor", "gpu_governor")
 KINDS: Final = {
     "clocks_hz": ("cpu clock", "gpu clock", "emc clock"),
+    "gpu_load_percent": ("gpu load",),
     "temperatures_c": ("temperature",),
     "throttling_share": ("throttling",),
     "throttle_counts": ("over-current", "thermal throttle"),

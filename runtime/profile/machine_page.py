@@ -62,6 +62,7 @@ def _probe_lines(about: Mapping[str, Any], probes: NDArray[np.float64], times: N
 
 PROBE_CHARTS: Final = (
     ("clocks", " clock ", "MHz", 1e-6),
+    ("load of the GPU", "gpu load ", "%", 1.0),
     ("temperatures", "temperature ", "°C", 1.0),
     ("throttling", "throttling ", "state", 1.0),
     ("power", "power ", "W", 1.0),

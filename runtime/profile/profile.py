@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from onbeat.embodiment.errors import OnbeatError
+from onbeat.runtime.flight.reader import LOG_FOLDER
 from onbeat.runtime.measures import figure, text_table
 from onbeat.runtime.profile import compare, profile_page
 from onbeat.runtime.profile.conditions import conditions_words
@@ -56,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.pair is not None:
             return show_comparison(*options.pair, options)
-        folder, failure = drive_first(options) if options.is_live else (options.log, None)
-        assert folder is not None
-        show_profile(folder, options)
-        if failure is not None:
-            raise DaemonFailed(failure)
+        if options.log is not None:
+            show_profile(options.log, options)
+        else:
+            profile_live(options)
     except OnbeatError as error:
         print(f"onbeat profile: {error}", file=sys.stderr)
         return 1
@@ -70,9 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def drive_first(options: ProfileOptions) -> tuple[Path, str | None]:
-    """What `onbeat run` does before its report. Raises OnbeatError before anything moves."""
-    return drive(parse_run(options.run_arguments), sys.stderr if options.is_json else sys.stdout)
+def profile_live(options: ProfileOptions) -> None:
+    """Drive as `onbeat run` does, then profile what there is of it. Raises OnbeatError, also when the run failed."""
+    folder, failure = drive(parse_run(options.run_arguments), sys.stderr if options.is_json else sys.stdout)
+    if failure is None or (folder / LOG_FOLDER).exists():
+        show_profile(folder, options)
+    if failure is not None:
+        raise DaemonFailed(failure)
 
 
 def show_profile(log: Path, options: ProfileOptions) -> None:

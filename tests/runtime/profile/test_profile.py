@@ -200,6 +200,20 @@ def test_live_refuses_a_real_arm_without_arm(capsys: pytest.CaptureFixture[str],
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("has_log", [False, True])
+def test_a_live_run_that_fails_says_why_and_is_profiled_as_far_as_it_came(
+    run_of: RunOf, has_log: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    if has_log:
+        write_log(tmp_path, run_of(0, 1.0))
+    monkeypatch.setattr(profile, "drive", lambda *_: (tmp_path, "servo 3 did not reply"))
+    assert profile.main(["--live", "--seconds", "1"]) == 1
+    told = capsys.readouterr()
+    assert "servo 3 did not reply" in told.err
+    assert ("frame to command" in told.out) == has_log
+    assert (tmp_path / profile.PAGE_FILE).exists() == has_log
+
+
 def test_a_folder_without_a_log_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert profile.main([str(tmp_path)]) == 1
     assert "holds no flight log" in capsys.readouterr().err
