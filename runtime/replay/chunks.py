@@ -95,10 +95,10 @@ class ChunkReplay:
             into["started_ns"] = 0
             return
         answer = self._policy.answer
-        network = {"actions": answer.actions, "gate": answer.gate, "cost": answer.cost}
+        taken = {**self._taken.chunk, "actions": answer.actions, "gate": answer.gate, "cost": answer.cost}
         recorded = {name: into[name][0] for name in into.dtype.names or ()}
         layout = Layout(into.dtype)
-        into[:] = decode(layout, [encode(layout, {**recorded, **self._taken.chunk, **network})])
+        into[:] = decode(layout, [encode(layout, {**recorded, **{name: taken[name] for name in COMPARED}})])
 
     def _measure_floor(self, recorded: np.void) -> None:
         """Plan the same chunk with every number of the noise moved to one beside it, up or down."""

@@ -52,7 +52,7 @@ TOLD: Final[Mapping[str, tuple[str, ...]]] = {
 
 # Whole numbers that jump where a real one crosses an edge: rounding may move them, one way or the other.
 AT_AN_EDGE: Final = ("flags", "level", "faults", "seen")
-MOST_NOISE: Final = 10.0  # noise floors that another backend's rounding may move a number by, decision 0026
+MOST_NOISE: Final = 50.0  # noise floors that another build may move a number by: measured 14, decision 0026
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from onbeat.runtime.bundle import BundleError
 from onbeat.runtime.flight.backend import backend, backend_changes
+from onbeat.runtime.flight.messages import CHUNK
 from onbeat.runtime.flight.recorder import sizes_of
 from onbeat.runtime.policy import Policy, load_policy
 from onbeat.runtime.provenance import bundle_hash, git_commit, versions
@@ -160,9 +161,9 @@ def _threads(recording: Recording, options: Options) -> int:
 def _check_sizes(recording: Recording, policy: Policy) -> None:
     recorded = recording.log.header["sizes"]
     here = sizes_of(policy.spec, joints=recorded["J"], views=recorded["V"])
-    for letter, size in here.items():
-        if size != recorded.get(letter):
-            why = f"the bundle has {letter} = {size}, the log {recorded.get(letter)} (docs/flight-log.md)"
+    for letter in sorted({letter for field in CHUNK for letter in field.shape.split()}):
+        if here[letter] != recorded[letter]:
+            why = f"the bundle has {letter} = {here[letter]}, the log {recorded[letter]} (docs/flight-log.md)"
             raise NotReplayable(f"{why}: give the bundle that the log was made with")
 
 

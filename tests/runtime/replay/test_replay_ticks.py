@@ -64,6 +64,13 @@ def test_a_recording_without_ticks_has_none_that_differ(recording: Recording):
     assert (layer.is_exact, layer.compared) == (True, {"/tick": 0})
 
 
+def test_a_run_that_ended_before_its_first_chunk(recording: Recording):
+    ticks = recording.ticks[:10].copy()
+    ticks["in_sight"] = 0
+    layer = replay_recorded_chunks(replace(recording, ticks=ticks, chunks=np.empty(0, [("number", np.int64)])))
+    assert (layer.stopped, layer.compared) == ("", {"/tick": 10})
+
+
 @pytest.mark.parametrize(
     ("changed", "first"),
     [
@@ -135,7 +142,7 @@ def test_time_is_an_input(recording: Recording):
 
 @pytest.mark.parametrize("changed", ["targets_rad", "met_ns", "delay", "inferred_ns", "observed_ns"])
 def test_a_chunk_that_changes_is_seen_by_the_ticks_it_moves(recording: Recording, changed: str):
-    k, by = 20, {"targets_rad": 1e-9, "met_ns": 10**9, "delay": 3, "inferred_ns": 4 * 10**8, "observed_ns": -10**6}
+    k, by = 20, {"targets_rad": 1e-9, "met_ns": 10**9, "delay": 3, "inferred_ns": 4 * 10**8, "observed_ns": -(10**6)}
     value = recording.chunks[changed][k] + by[changed]
     layer = replay_recorded_chunks(with_chunk(recording, k, **{changed: value}))
     assert layer.first is not None
