@@ -129,12 +129,15 @@ def block(axes: Axes, x_span: tuple[float, float], y_span: tuple[float, float], 
     return f'<rect class="{css}" x="{left:.1f}" y="{top:.1f}" {size}>{tip}</rect>'
 
 
-def marker(axes: Axes, x: float, css: str, text: str = "", depth: int = 0) -> str:
-    """A vertical line; `text` at its head, `depth` lines down so that neighbours do not collide."""
+def marker(axes: Axes, x: float, css: str, text: str = "", depth: int = 0, *, before: bool | None = None) -> str:
+    """A vertical line; `text` at its head, `depth` lines down so that neighbours do not collide.
+
+    before: words stand left of the line; None: on the side that has room.
+    """
     at, middle = axes.x(x), (LEFT + axes.width - RIGHT) / 2
     stroke = f'<line class="{css}" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{axes.height - BOTTOM}"/>'
-    # Words stand on the side that has room.
-    side, anchor = (3, "start") if at < middle else (-3, "end")
+    is_before = at >= middle if before is None else before
+    side, anchor = (-3, "end") if is_before else (3, "start")
     place = f'x="{at + side:.1f}" y="{TOP + 9 + 13 * depth}" text-anchor="{anchor}"'
     return f'{stroke}<text class="note" {place}>{escape(text)}</text>' if text else stroke
 

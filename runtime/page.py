@@ -19,6 +19,7 @@ from onbeat.runtime.summary import LATENCY_HEADS, STAGES, Stage, latency_cells
 
 COLUMNS = 900  # points drawn per curve: about one per pixel
 BINS = 48
+LABEL_PX = 72  # of the figure at a marker
 LANE_PX = 26
 TIMELINE_S = 2.0  # of the chunk timeline: long enough for many hand-overs, short enough to see rows
 SHADES = 5  # of the age of an executed row
@@ -109,11 +110,12 @@ def _stage_histogram(name: str, samples_ns: NDArray[np.int64]) -> str:
     digits = 2 if p99 >= 1 else 3
     bins = histogram(np.minimum(samples, max(p99 * 1.25, 1e-3)), min(BINS, max(8, len(samples) // 8)))
     axes = chart.Axes(340, 170, (float(bins.edges[0]), float(bins.edges[-1])), (0.0, float(bins.counts.max()) * 1.2))
+    is_close = axes.x(p99) - axes.x(p50) < LABEL_PX
     drawing = chart.svg(
         axes,
         chart.grid(axes, x_label="ms", y_label="count", x_ticks=5, y_ticks=3),
         chart.bars(axes, bins.edges.tolist(), bins.counts.tolist(), "ink a"),
-        chart.marker(axes, p50, "mark", f"p50 {figure(p50, digits)}"),
+        chart.marker(axes, p50, "mark", f"p50 {figure(p50, digits)}", before=is_close or None),
         chart.marker(axes, p99, "mark", f"p99 {figure(p99, digits)}", depth=1),
         title=f"histogram of {name}",
     )
