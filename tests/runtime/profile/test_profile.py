@@ -284,7 +284,6 @@ def test_a_live_run_of_the_twin_is_profiled(tmp_path: Path, capsys: pytest.Captu
     assert figures["ticks"] > 300
     assert figures["stages"]["frame to command"]["n"] > 10
     assert figures["threads"]["inference"]["cpu_share"] > 0
-    assert figures["threads"]["loop"]["major_faults"] == 0
     assert len(figures["cold"]["warm_up_ms"]) == 2
     (folder,) = tmp_path.iterdir()
     assert {"profile.json", "profile.html", "log"} <= {path.name for path in folder.iterdir()}
