@@ -15,7 +15,7 @@ ROBOT = [
     "pyserial>=3.5",
     "onnxruntime>=1.20",
     "tokenizers>=0.20",
-    "mcap>=1.2",
+    "mcap>=1.6",
     "tomli>=2; python_version < '3.11'",
 ]
 EXTRAS = {
@@ -35,6 +35,7 @@ EXTRAS = {
         "psutil>=5.9",
         "mcap-ros2-support>=0.5",
         "transformers>=5",
+        "perfetto>=0.16",
         "build>=1",
         "setuptools>=68",
     ],

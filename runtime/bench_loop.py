@@ -151,13 +151,13 @@ class Bench:
     def _ours(self, scheduling: str, seconds: float) -> Row:
         state, joints = self._fresh_state(), len(self._robot.joints)
         loop = ControlLoop(state, self._actuators, history=StateHistory(joints))
-        log = TickLog(int(seconds * self._rate_hz) + 1000, joints)
+        log = TickLog()
         timer = threading.Timer(seconds, loop.stop)
         timer.start()
         loop.run()
         timer.join()
         log.take(loop.records)
-        ticks = log.arrays()
+        ticks = log.records()
         late_ns = ticks["start_ns"] - ticks["due_ns"]
         return summarise(ONBEAT, self._rate_hz, scheduling, late_ns, loop.status.missed, loop.status.faulty_ticks)
 

@@ -98,12 +98,12 @@ def loop_costs(robot: Robot, actuators: Actuators, joints: str, rate_hz: int, se
             yield cost_of(step, joints, samples[step.name])
 
 
-def record_ticks(robot: Robot, actuators: Actuators, rate_hz: int, seconds: float) -> dict[str, NDArray[Any]]:
+def record_ticks(robot: Robot, actuators: Actuators, rate_hz: int, seconds: float) -> NDArray[np.void]:
     """Run the loop with everything that helps it, on chunks that keep the arm moving; returns its ticks."""
     state = new_tick_state(robot.limits, rate_hz=rate_hz, rows=ROWS, workspace=robot.workspace(), settings=robot.safety)
     loop = ControlLoop(state, actuators, history=StateHistory(len(robot.joints)))
     loop.read_first()
-    log = TickLog(int(seconds * rate_hz) + 1000, len(robot.joints))
+    log = TickLog()
 
     def work() -> None:
         prepare_real_time()
@@ -121,7 +121,7 @@ def record_ticks(robot: Robot, actuators: Actuators, rate_hz: int, seconds: floa
     loop.stop()
     thread.join()
     log.take(loop.records)
-    return log.arrays()
+    return log.records()
 
 
 def feed(state: TickState, robot: Robot) -> None:

@@ -42,11 +42,14 @@ def svg(axes: Axes, *marks: str, title: str) -> str:
     return f"<svg {box}><title>{escape(title)}</title>{''.join(marks)}</svg>"
 
 
-def grid(axes: Axes, *, x_label: str, y_label: str, x_ticks: int = 6, y_ticks: int = 4) -> str:
+Ticks = int | Sequence[tuple[float, str]]  # about how many, or which and how each is written
+
+
+def grid(axes: Axes, *, x_label: str, y_label: str, x_ticks: Ticks = 6, y_ticks: Ticks = 4) -> str:
     """Ruled lines, figures and labels; labels carry the unit."""
     bottom, left = axes.height - BOTTOM, LEFT
-    columns = (_column(axes.x(v), bottom, t) for v, t in labelled_ticks(axes.x_range, x_ticks))
-    rows = (_row(axes.y(v), axes.width, t) for v, t in labelled_ticks(axes.y_range, y_ticks))
+    columns = (_column(axes.x(v), bottom, t) for v, t in _ticks(axes.x_range, x_ticks))
+    rows = (_row(axes.y(v), axes.width, t) for v, t in _ticks(axes.y_range, y_ticks))
     middle = (left + axes.width - RIGHT) / 2
     labels = (
         f'<text class="label" x="{middle:.0f}" y="{axes.height - 4}" text-anchor="middle">{escape(x_label)}</text>'
@@ -63,6 +66,15 @@ def _column(x: float, bottom: float, text: str) -> str:
 def _row(y: float, width: int, text: str) -> str:
     line = f'<line class="gridline" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
     return f'{line}<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
+
+
+def _ticks(limits: tuple[float, float], ticks: Ticks) -> Sequence[tuple[float, str]]:
+    return labelled_ticks(limits, ticks) if isinstance(ticks, int) else ticks
+
+
+def decades(limits: tuple[float, float]) -> list[tuple[float, str]]:
+    """Ticks of an axis that shows logarithms to base 10: the whole powers within it."""
+    return [(k, f"{10.0**k:g}") for k in range(math.ceil(limits[0] - 1e-9), math.floor(limits[1] + 1e-9) + 1)]
 
 
 def labelled_ticks(limits: tuple[float, float], count: int) -> list[tuple[float, str]]:
@@ -117,14 +129,54 @@ def block(axes: Axes, x_span: tuple[float, float], y_span: tuple[float, float], 
     return f'<rect class="{css}" x="{left:.1f}" y="{top:.1f}" {size}>{tip}</rect>'
 
 
-def marker(axes: Axes, x: float, css: str, text: str = "", depth: int = 0) -> str:
-    """A vertical line; `text` at its head, `depth` lines down so that neighbours do not collide."""
+def marker(axes: Axes, x: float, css: str, text: str = "", depth: int = 0, *, before: bool | None = None) -> str:
+    """A vertical line; `text` at its head, `depth` lines down so that neighbours do not collide.
+
+    before: words stand left of the line; None: on the side that has room.
+    """
     at, middle = axes.x(x), (LEFT + axes.width - RIGHT) / 2
     stroke = f'<line class="{css}" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{axes.height - BOTTOM}"/>'
-    # Words stand on the side that has room.
-    side, anchor = (3, "start") if at < middle else (-3, "end")
-    place = f'x="{at + side:.1f}" y="{TOP + 9 + 11 * depth}" text-anchor="{anchor}"'
+    is_before = at >= middle if before is None else before
+    side, anchor = (-3, "end") if is_before else (3, "start")
+    place = f'x="{at + side:.1f}" y="{TOP + 9 + 13 * depth}" text-anchor="{anchor}"'
     return f'{stroke}<text class="note" {place}>{escape(text)}</text>' if text else stroke
+
+
+def strip(size: tuple[int, int], *marks: str, title: str) -> str:
+    """A drawing of a fixed size (width, height) px without axes, for a cell of a table."""
+    box = f'class="strip" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" height="{size[1]}" role="img"'
+    return f"<svg {box}><title>{escape(title)}</title>{''.join(marks)}</svg>"
+
+
+STRIP_MARGIN = 18  # px left and right, for the outer figures
+
+
+def _strip_x(size: tuple[int, int], limits: tuple[float, float], x: float) -> float:
+    return STRIP_MARGIN + (size[0] - 2 * STRIP_MARGIN) * _share(x, limits)
+
+
+def strip_block(size: tuple[int, int], limits: tuple[float, float], span: tuple[float, float], css: str) -> str:
+    """A bar over a span of the strip's one axis."""
+    left, right = (_strip_x(size, limits, x) for x in span)
+    middle = size[1] / 2
+    return f'<rect class="{css}" x="{left:.1f}" y="{middle - 4:.1f}" width="{max(right - left, 0.8):.1f}" height="8"/>'
+
+
+def strip_dot(size: tuple[int, int], limits: tuple[float, float], x: float, css: str) -> str:
+    """A point on the strip's axis."""
+    return f'<circle class="{css}" cx="{_strip_x(size, limits, x):.1f}" cy="{size[1] / 2:.1f}" r="3.2"/>'
+
+
+def strip_text(size: tuple[int, int], limits: tuple[float, float], x: float, text: str) -> str:
+    """A figure of the strip's axis."""
+    at = f'x="{_strip_x(size, limits, x):.1f}" y="{size[1] / 2 + 4:.1f}"'
+    return f'<text {at} text-anchor="middle">{escape(text)}</text>'
+
+
+def dot(axes: Axes, x: float, y: float, css: str, hint: str = "") -> str:
+    """A point, with a hover text."""
+    tip = f"<title>{escape(hint)}</title>" if hint else ""
+    return f'<circle class="{css}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.2">{tip}</circle>'
 
 
 def note(axes: Axes, x: float, y: float, text: str, anchor: str = "start") -> str:

@@ -141,7 +141,7 @@ class Chunker:
             locked_rows=plan.locked,
             blend_rows=config.blend_steps,
         )
-        self.executed = executed_steps(self.timeline, plan.observed_ns, period_ns, now_ns)
+        self.executed = executed_steps(int(self.timeline.met_ns[0]), plan.observed_ns, period_ns, now_ns)
         if not is_cold:
             self.budget.add(self.executed)
         self._observed_ns = max(self._observed_ns, plan.observed_ns)
@@ -150,7 +150,8 @@ class Chunker:
 
     def count_delay(self, observed_ns: int, now_ns: int) -> None:
         """An inference that was warm had its chunk ready at now_ns."""
-        self.budget.add(executed_steps(self.timeline, observed_ns, self.robot.policy_period_ns, now_ns))
+        progress_ns = int(self.timeline.progress_ns[0])
+        self.budget.add(executed_steps(progress_ns, observed_ns, self.robot.policy_period_ns, now_ns))
 
     def check_start(self) -> str:
         """What is wrong with d, s and H before anything moves. Raises DelayTooLong when no margin is to blame."""

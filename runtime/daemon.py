@@ -4,7 +4,7 @@
 
 Reads a `DaemonConfig` as JSON on stdin and tells what happens as lines of JSON on stdout; ends on SIGTERM or
 SIGINT with the arm at rest. Four threads: the loop, which is compiled and needs no interpreter, the inference, one
-that keeps the loop's records, and this one, which waits and reports.
+that writes the flight log, and this one, which waits and reports.
 """
 
 import json
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from onbeat.calibration.joints import load_joints
 from onbeat.drivers.feetech.device import BusSettings, FeetechBus
@@ -28,31 +27,32 @@ from onbeat.drivers.interfaces import Actuators, Camera
 from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime import record
 from onbeat.runtime.camera_watch import WATCH_PERIOD_S, CameraWatch
 from onbeat.runtime.chunker import Chunker, Policy
 from onbeat.runtime.faults import ROW, Fault, Level
+from onbeat.runtime.flight.encoding import PNG
+from onbeat.runtime.flight.header import make_header
+from onbeat.runtime.flight.reader import LOG_FOLDER
+from onbeat.runtime.flight.recorder import Recorder
+from onbeat.runtime.flight.view_pipe import ViewPipe
+from onbeat.runtime.flight.writer import DEFAULT_BUDGET_BYTES
 from onbeat.runtime.guard import Guard, end_arm
 from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import PROGRESS_WORDS, StateHistory
 from onbeat.runtime.modes import ASYNC, choose_mode
 from onbeat.runtime.policy import load_policy
+from onbeat.runtime.profile.machine import MachineSampler
 from onbeat.runtime.realtime import prepare_inference, prepare_real_time
-from onbeat.runtime.record import ChunkLog, TickLog
-from onbeat.runtime.robots import RELAX, Robot, as_json, build_robot, from_json
+from onbeat.runtime.robots import RELAX, Robot, build_robot, from_json
 from onbeat.runtime.safety import NO_FAULT, onsets, report, set_condition
 from onbeat.runtime.scheduler import Scheduler
 from onbeat.runtime.tick import TickState, new_tick_state
 from onbeat.runtime.timeline import refusals
 
 STATUS_PERIOD_S = 0.2
-DRAIN_PERIOD_S = 0.1  # of the loop's records, of which its ring holds seconds
 JOIN_S = 10.0  # an inference that is under way when the run ends is waited for this long
-INFERENCE = "inference"  # the name of its thread
-SPARE_BYTES = 4_000_000  # beside the records: pictures, report
-SPARE_TICKS = 1000  # room for the ticks of coming to rest
-MOST_CHUNKS_PER_S = 50
-FRAMES_FOLDER = "frames"
+LOOP, INFERENCE, RECORDS = "loop", "inference", "records"  # names of threads
+SPARE_BYTES = 50_000_000  # on the log's disk: what coming to rest and the report take, many times over
 
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -61,8 +61,9 @@ Say = Callable[[Mapping[str, Any]], None]
 class DaemonConfig:
     """All that a daemon is told. robot: a RobotConfig as JSON, with port and cameras filled in. seconds: of motion.
 
-    seed: of the policy's noise. run_dir: where the records go. threads: of the inference engine. mode: one of
-    modes.MODES, "" for the checkpoint's own.
+    seed: of the policy's noise. run_dir: where the log goes. threads: of the inference engine. mode: one of
+    modes.MODES, "" for the checkpoint's own. log_frames: encoding.PNG or JPEG. view: where it can be watched, as
+    flight.view.open_stream takes it, "" for nowhere.
     """
 
     robot: Mapping[str, Any]
@@ -74,6 +75,9 @@ class DaemonConfig:
     threads: int = 1
     mode: str = ""
     allow_untrained_prefix: bool = False
+    log_budget_bytes: int = DEFAULT_BUDGET_BYTES
+    log_frames: str = PNG
+    view: str = ""
 
     @classmethod
     def from_json(cls, text: str) -> "DaemonConfig":
@@ -85,7 +89,7 @@ class RunEnded(OnbeatError):
 
 
 class RecordsLost(OnbeatError):
-    """The run's records could not be written. The arm was at its end before."""
+    """The log could not be written to its end. The arm was at its own before."""
 
 
 class BusWithFaults(Actuators, Protocol):
@@ -109,7 +113,7 @@ class Failure:
 class Session:
     """A run on devices that are open: warm up, move for a while, come to rest. `run` is called once.
 
-    guard: who acts when this process can not. run_dir: where the records will have to fit. free_bytes: of a folder.
+    guard: who acts when this process can not. free_bytes: of a folder.
     """
 
     robot: Robot
@@ -119,11 +123,11 @@ class Session:
     instruction: str
     seconds: float
     say: Say
+    recorder: Recorder
     stop: threading.Event = field(default_factory=threading.Event)
     mode: str = ASYNC
     allow_untrained_prefix: bool = False
     guard: Guard | None = None
-    run_dir: Path | None = None
     free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
     failure: Failure = field(default_factory=Failure)
     real_time: dict[str, str] = field(default_factory=dict)
@@ -132,8 +136,6 @@ class Session:
     loop: ControlLoop = field(init=False)
     watch: CameraWatch = field(init=False)
     scheduler: Scheduler = field(init=False)
-    ticks: TickLog = field(init=False)
-    chunks: ChunkLog = field(init=False)
 
     def __post_init__(self) -> None:
         robot, rows, joints = self.robot, self.policy.spec.chunk, len(self.robot.joints)
@@ -145,8 +147,6 @@ class Session:
             settings=robot.safety,
         )
         history = StateHistory(joints)
-        self.ticks = TickLog(int(self.seconds * robot.config.loop_rate_hz) + SPARE_TICKS, joints)
-        self.chunks = ChunkLog(int(self.seconds * MOST_CHUNKS_PER_S) + 1, rows, joints)
         progress = None if self.guard is None else self.guard.words[:PROGRESS_WORDS]
         self.loop = ControlLoop(state, self.bus, history=history, progress=progress)
         self.watch = CameraWatch(self.cameras, history, state.safety)
@@ -155,7 +155,7 @@ class Session:
             chunker,
             cameras=self.cameras,
             history=history,
-            log=self.chunks,
+            log=self.recorder.tell,
             instruction=self.instruction,
             safety=state.safety,
         )
@@ -171,7 +171,7 @@ class Session:
         if self.guard is not None:
             self.guard.arm()
         self.bus.enable(True)
-        work = {"loop": self._run_loop, INFERENCE: self._run_inference, "records": self._keep_records}
+        work = {LOOP: self._run_loop, INFERENCE: self._run_inference, RECORDS: self._keep_records}
         self._report_until_end([self._thread(name, run) for name, run in work.items()])
         self._end_arm()
         self._name_fault()
@@ -208,8 +208,7 @@ class Session:
         self.scheduler.run(self.stop)
 
     def _keep_records(self) -> None:
-        while not self.stop.wait(DRAIN_PERIOD_S):
-            self.ticks.take(self.loop.records)
+        self.recorder.run(self.loop.records, self.stop)
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=self._guard, args=(work,), name=name)
@@ -242,22 +241,20 @@ class Session:
         self.loop.stop()
         for thread in threads:
             thread.join(JOIN_S)
-        self.ticks.take(self.loop.records)
 
     def _look_around(self) -> None:
         """At what is no tick's and no camera's affair."""
         safety = self.state.safety
         set_condition(safety, Fault.GUARDIAN_LOST, self.guard is not None and not self.guard.is_alive)
-        if self.run_dir is not None:
-            needed = self.ticks.nbytes + self.chunks.nbytes + SPARE_BYTES
-            set_condition(safety, Fault.DISK_FULL, self.free_bytes(self.run_dir) < needed)
+        is_full = bool(self.recorder.error) or self.free_bytes(self.recorder.folder) < SPARE_BYTES
+        set_condition(safety, Fault.DISK_FULL, is_full)
 
     def status(self) -> dict[str, Any]:
         """The run so far, for a line on a terminal. Times in ms."""
         loop, scheduler = self.loop.status, self.scheduler.status
         elapsed_s = max(0, loop.latest_ns - loop.started_ns) / 1e9 if loop.ticks > 1 else 0.0
-        entries = self.chunks.entries[: self.chunks.count]
-        latency = np.median(entries["published_ns"] - entries["started_ns"]) / 1e6 if len(entries) else None
+        latest_ns = list(scheduler.latest_ns)
+        latency = np.median(latest_ns) / 1e6 if latest_ns else None
         return {
             "t_s": round(elapsed_s, 3),
             "rate_hz": round((loop.ticks - 1) / elapsed_s, 2) if elapsed_s else None,
@@ -280,8 +277,7 @@ class Session:
 
 
 def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
-    """Open everything, refuse what does not fit, run, and write the records. Raises OnbeatError."""
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    """Open everything, refuse what does not fit, run, and write the log. Raises OnbeatError."""
     robot = build_robot(from_json(config.robot))
     policy = load_policy(
         config.bundle,
@@ -294,10 +290,15 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
     policy.language.prompt(config.instruction)
     joints = load_joints(Path(robot.config.calibration), robot.joints)
     settings = BusSettings(baud_rate=robot.config.baud_rate, retries=robot.config.bus_retries)
+    told = {name: value for name, value in asdict(config).items() if name != "robot"}
+    sampler = MachineSampler((LOOP, INFERENCE, RECORDS))
+    header = make_header(told, robot, policy.spec, mode=mode, sampler=sampler)
     with ExitStack() as devices:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
         bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
         guard = devices.enter_context(Guard(robot, bus))
+        view = devices.enter_context(ViewPipe(config.view, header)) if config.view else None
+        recorder = devices.enter_context(open_recorder(config, header, sampler, view))
         session = Session(
             robot,
             policy,
@@ -306,45 +307,50 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
             config.instruction,
             config.seconds,
             say,
+            recorder,
             stop,
             mode,
             config.allow_untrained_prefix,
             guard,
-            Path(config.run_dir),
         )
         say({"event": "opened", "joints": robot.joints, "cameras": list(robot.config.cameras), "mode": mode})
         try:
             session.run()
         finally:
-            keep_records(config, session, {"started": started, "config": asdict(config), **outcome(session)})
+            recorder.finish(session.loop.records, outcome(session))
+    if recorder.error:
+        raise RecordsLost(f"the log in {recorder.folder} is incomplete ({recorder.error}): make room")
 
 
-def keep_records(config: DaemonConfig, session: Session, run: Mapping[str, Any]) -> None:
-    """Write what the run leaves behind. Raises RecordsLost."""
-    folder = Path(config.run_dir)
+def open_recorder(
+    config: DaemonConfig, header: Mapping[str, Any], sampler: MachineSampler, view: ViewPipe | None
+) -> Recorder:
+    """Begin the log. Raises RecordsLost."""
+    folder = Path(config.run_dir) / LOG_FOLDER
     try:
-        save_frames(folder / FRAMES_FOLDER, session.cameras)
-        record.save(folder, ticks=session.ticks, chunks=session.chunks, run=run)
+        return Recorder(
+            folder,
+            header,
+            budget_bytes=config.log_budget_bytes,
+            form=config.log_frames,
+            sampler=sampler,
+            watch=None if view is None else view.show,
+        )
     except OSError as error:
-        raise RecordsLost(f"the records in {folder} are incomplete ({error.strerror}): make room") from error
+        raise RecordsLost(f"no log can be written in {folder} ({error.strerror}): name another with --out") from error
 
 
 def outcome(session: Session) -> dict[str, Any]:
-    """How a session went, as JSON takes it. modules: what this process has imported, by top-level name."""
+    """How a session went: /outcome of the log. modules: what this process has imported, by top-level name."""
     error = session.failure.error
     return {
-        "joints": list(session.robot.joints),
-        "mode": session.mode,
-        "refused_chunks": refusals(session.scheduler.timeline),
-        "policy_period_ns": session.robot.policy_period_ns,
-        "robot": as_json(session.robot.config),
+        "error": None if error is None else str(error) or type(error).__name__,
         "status": session.status(),
+        "faults": onsets(session.state.safety),
         "bus": session.bus.faults(),
+        "refused_chunks": refusals(session.scheduler.timeline),
         "real_time": session.real_time,
         "warm_up_ns": session.warm_up_ns,
-        "dropped_records": session.ticks.dropped + int(session.loop.records.dropped[0]) + session.chunks.dropped,
-        "error": None if error is None else str(error) or type(error).__name__,
-        "faults": onsets(session.state.safety),
         "modules": loaded_modules(),
     }
 
@@ -353,15 +359,6 @@ def loaded_modules() -> list[str]:
     """The top-level names this process has imported, and every module of Onbeat."""
     names = list(sys.modules)
     return sorted({name.split(".")[0] for name in names} | {name for name in names if name.startswith("onbeat.")})
-
-
-def save_frames(folder: Path, cameras: Sequence[Camera]) -> None:
-    """The last frame of every camera, as PNG."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for camera in cameras:
-        frame = camera.latest()
-        if frame is not None:
-            Image.fromarray(frame.rgb).save(folder / f"{camera.name}.png")
 
 
 def say_on_stdout(event: Mapping[str, Any]) -> None:

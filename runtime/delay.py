@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.timeline import NEVER, Timeline
+from onbeat.runtime.timeline import NEVER
 
 QUANTILE = 0.95
 WINDOW = 64  # chunks remembered: some ten seconds of a policy at 5 to 10 Hz
@@ -49,9 +49,11 @@ class DelayBudget:
         return self.measured() + self.margin_steps
 
 
-def executed_steps(timeline: Timeline, t0_ns: int, period_ns: int, now_ns: int) -> int:
-    """How many rows of a chunk that starts at t0_ns the robot has been past: by its ticks, by the clock before any."""
-    progress_ns = int(timeline.progress_ns[0])
+def executed_steps(progress_ns: int, t0_ns: int, period_ns: int, now_ns: int) -> int:
+    """How many rows of a chunk that starts at t0_ns the robot has been past: by its ticks, by the clock before any.
+
+    progress_ns: the time of the last tick, or timeline.NEVER.
+    """
     return max(0, (now_ns if progress_ns == NEVER else progress_ns) - t0_ns + period_ns) // period_ns
 
 

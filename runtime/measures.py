@@ -7,17 +7,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+PERCENTS = (50.0, 95.0, 99.0, 99.9)
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """One row of a latency table, milliseconds. `n` samples; every figure is None when there are none."""
+    """One row of a latency table, milliseconds. `n` samples.
+
+    None is what they cannot tell: a percentile beyond which not one sample would be expected is the largest by another
+    name, so the 95th takes more than 20 samples, the 99th more than 100, the 99.9th more than 1000.
+    """
 
     n: int
     p50_ms: float | None
     p95_ms: float | None
     p99_ms: float | None
+    p99_9_ms: float | None
     max_ms: float | None
 
 
@@ -32,10 +38,19 @@ class Histogram:
 def summarise_ns(samples_ns: ArrayLike) -> Latency:
     """Percentiles of durations in nanoseconds, linear between samples as NumPy's default has it."""
     samples = np.asarray(samples_ns, np.float64).reshape(-1)
-    if samples.size == 0:
-        return Latency(0, None, None, None, None)
-    p50, p95, p99 = np.percentile(samples, (50, 95, 99)) / 1e6
-    return Latency(int(samples.size), float(p50), float(p95), float(p99), float(samples.max() / 1e6))
+    figures = (percentile(samples, percent) for percent in PERCENTS)
+    in_ms = (None if figure is None else figure / 1e6 for figure in figures)
+    return Latency(int(samples.size), *in_ms, max_ms=float(samples.max() / 1e6) if samples.size else None)
+
+
+def percentile(samples: NDArray[np.float64], percent: float) -> float | None:
+    """Of samples (N,), in their unit; None when they are too few for it."""
+    return float(np.percentile(samples, percent)) if supports(len(samples), percent) else None
+
+
+def supports(n: int, percent: float) -> bool:
+    """Whether more than one of n samples is to be expected beyond the percentile; the median wants no more than one."""
+    return n > 0 and (percent <= 50 or n * (100 - percent) > 100 * (1 + 1e-9))
 
 
 def wilson_interval(successes: int, attempts: int) -> tuple[float, float]:

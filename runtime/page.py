@@ -1,8 +1,9 @@
-"""report.html: one page a person likes to read, with nothing fetched from anywhere."""
+"""The parts of an HTML page about a run: one template, sections, tiles, tables and the charts that pages share.
 
-import base64
-import json
-from collections.abc import Callable, Mapping
+Nothing is fetched from anywhere. `report_page.py` and `profile/profile_page.py` are made of these.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -13,155 +14,159 @@ from numpy.typing import NDArray
 
 from onbeat.runtime import chart
 from onbeat.runtime.measures import figure, histogram
-from onbeat.runtime.run_records import Attempt, ChunkRecord, RunRecords
-from onbeat.runtime.summary import FIELDS, STAGES, Field, Stage, stage_samples
+from onbeat.runtime.run_records import ChunkRecord, RunRecords
+from onbeat.runtime.summary import LATENCY_HEADS, STAGES, Stage, latency_cells
 
 COLUMNS = 900  # points drawn per curve: about one per pixel
 BINS = 48
+LABEL_PX = 72  # of the figure at a marker
 LANE_PX = 26
 TIMELINE_S = 2.0  # of the chunk timeline: long enough for many hand-overs, short enough to see rows
+SHADES = 5  # of the age of an executed row
 Report = Mapping[str, Any]
 
 
-def render(report: Report, run: RunRecords) -> str:
-    """The page. report: as `summarise` returns it; run: its records."""
+def fill(*, title: str, lead: str, error: str | None, tiles: Iterable[str], sections: Iterable[str]) -> str:
+    """The page. tiles, sections: HTML; the others plain text."""
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    sections = "".join(section(report, run) for section in SECTIONS)
-    title = f"Onbeat run, {report['robot']}"
+    warning = f'<p class="error">The run ended early: {escape(error)}</p>' if error else ""
     return template.substitute(
-        title=escape(title), lead=_lead(report), error=_error(report), tiles=_tiles(report), sections=sections
+        title=escape(title), lead=escape(lead), error=warning, tiles="".join(tiles), sections="".join(sections)
     )
 
 
-def _lead(report: Report) -> str:
-    asked = f"“{report['instruction']}”" if report["instruction"] else "no instruction"
-    return escape(f"{asked} · {figure(report['duration_s'], 1)} s · {report['started'] or 'start time unknown'}")
+def tile(value: str, unit: str, name: str, detail: str) -> str:
+    """One figure that a reader wants to know first."""
+    head = f"{escape(value)} <small>{escape(unit)}</small>"
+    return f'<div class="tile"><b>{head}</b><span>{escape(name)}</span><i>{escape(detail)}</i></div>'
 
 
-def _error(report: Report) -> str:
-    return f'<p class="error">The run ended early: {escape(report["error"])}</p>' if report["error"] else ""
-
-
-def _tiles(report: Report) -> str:
-    low, high = (100 * share for share in report["success_interval"])
-    lateness, inference = report["stages"][STAGES["lateness"].name], report["inference"]
-    tiles = (
-        (report["successes"], f"of {report['attempts']}", "task success", f"95 %: {low:.0f}–{high:.0f} %"),
-        (figure(report["rate_hz"], 1), "Hz", "loop rate", f"wanted {figure(report['rate_hz_wanted'], 0)} Hz"),
-        (report["missed_ticks"], f"of {report['ticks']}", "missed ticks", _on_the_wire(report["missed_ticks_wire"])),
-        (figure(lateness["p99_ms"]), "ms", "tick lateness, p99", f"max {figure(lateness['max_ms'])} ms"),
-        (figure(inference["p50_ms"], 0), "ms", "inference, p50", f"p99 {figure(inference['p99_ms'], 0)} ms"),
-        (
-            report["delay_exceeded"],
-            f"of {report['chunks']}",
-            "chunks beyond their delay",
-            f"refused: {sum(report['chunks_refused'].values())}",
-        ),
-    )
-    return "".join(_tile(f"{value} <small>{unit}</small>", name, detail) for value, unit, name, detail in tiles)
-
-
-def _on_the_wire(missed: int | None) -> str:
-    return "not seen by a twin" if missed is None else f"seen on the wire: {missed}"
-
-
-def _tile(value: str, name: str, detail: str) -> str:
-    return f'<div class="tile"><b>{value}</b><span>{escape(name)}</span><i>{escape(detail)}</i></div>'
-
-
-def _section(heading: str, why: str, *content: str) -> str:
+def section(heading: str, why: str, *content: str) -> str:
+    """A card. content: HTML."""
     return f'<section><h2>{escape(heading)}</h2><p class="why">{escape(why)}</p>{"".join(content)}</section>'
 
 
-def _figure(caption: str, detail: str, drawing: str) -> str:
+def captioned(caption: str, detail: str, drawing: str) -> str:
+    """A drawing with words over it."""
     return f"<figure><figcaption>{escape(caption)} <em>{escape(detail)}</em></figcaption>{drawing}</figure>"
 
 
-def _cameras(_: Report, run: RunRecords) -> str:
-    if not run.pictures:
-        return ""
-    views = "".join(_figure(name, "", _picture(name, data)) for name, data in run.pictures.items())
-    return _section("What the policy saw", "The last camera frames of the run.", f'<div class="grid2">{views}</div>')
+def wide(drawing: str) -> str:
+    """A drawing over the page's whole width, which scrolls on a narrow screen."""
+    return f'<div class="wide">{drawing}</div>'
 
 
-def _picture(name: str, data: bytes) -> str:
-    kind = "jpeg" if data[:2] == b"\xff\xd8" else "png"
-    return f'<img alt="{escape(name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+def wide_axes(duration_s: float, y_range: tuple[float, float], height: int = 190) -> chart.Axes:
+    """Of a drawing over the whole of a run."""
+    return chart.Axes(1060, height, (0.0, max(duration_s, 1e-3)), y_range)
 
 
-def _task(report: Report, run: RunRecords) -> str:
-    truth = run.truth
-    if truth is None or len(truth.t_ns) == 0 or len(run.ticks.start_ns) == 0:
-        return ""
-    during = np.flatnonzero((truth.t_ns >= run.ticks.start_ns[0]) & (truth.t_ns <= run.ticks.start_ns[-1]))
-    keep = during[chart.sparse(len(during), COLUMNS)]
-    times, height_cm = _seconds(run, truth.t_ns[keep]), 100 * truth.height_m[keep]
-    axes = _wide_axes(report, (0.0, max(6.0, float(height_cm.max(initial=0.0)) * 1.08)))
-    drawing = chart.svg(
-        axes,
-        *(_shade(axes, run, attempt) for attempt in truth.attempts),
-        chart.grid(axes, x_label="time, s", y_label="cube height, cm", x_ticks=10),
-        chart.line(axes, times.tolist(), height_cm.tolist(), "pen a"),
-        *(_success(axes, run, attempt) for attempt in truth.attempts),
-        title="height of the cube over time, attempts shaded",
-    )
-    words = "Judged in the simulated world, which the policy cannot see. A line marks a success, and after how long."
-    key = chart.legend([("ink a", "height of the cube"), ("ink won", "success"), ("ink lost", "no success")])
-    return _section("The task", words, key, f'<div class="wide">{drawing}</div>')
+def thinned(times: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[list[float], list[float]]:
+    """As many points as can be drawn, each the largest of its stretch."""
+    x, y = chart.peaks(times, values, COLUMNS)
+    return x.tolist(), y.tolist()
 
 
-def _shade(axes: chart.Axes, run: RunRecords, attempt: Attempt) -> str:
-    start, end = _seconds(run, attempt.start_ns), _seconds(run, attempt.end_ns)
-    css, verdict = ("ink lost", "no success") if attempt.success_ns is None else ("ink won", "success")
-    return chart.block(axes, (start, end), axes.y_range, css, f"{start:.1f}-{end:.1f} s: {verdict}")
-
-
-def _success(axes: chart.Axes, run: RunRecords, attempt: Attempt) -> str:
-    if attempt.success_ns is None:
-        return ""
-    took_s = (attempt.success_ns - attempt.start_ns) / 1e9
-    return chart.marker(axes, _seconds(run, attempt.success_ns), "pen good", f"{took_s:.1f} s")
-
-
-def _seconds(run: RunRecords, t_ns: Any) -> Any:
+def seconds(run: RunRecords, t_ns: Any) -> Any:
     """Seconds since the first tick, of a time or of an array of times."""
     ticks = run.ticks.start_ns
     return (t_ns - (int(ticks[0]) if len(ticks) else 0)) / 1e9
 
 
-def _wide_axes(report: Report, y_range: tuple[float, float], height: int = 190) -> chart.Axes:
-    return chart.Axes(1060, height, (0.0, max(report["duration_s"], 1e-3)), y_range)
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
+    """Cells as HTML."""
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table class="{css}"><tr>{head}</tr>{body}</table></div>'
 
 
-def _timeline(_: Report, run: RunRecords) -> str:
+def latency_table(
+    stages: Mapping[str, Mapping[str, Any]],
+    more_heads: Sequence[str] = (),
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """The table of stages. stages: name -> figures, as in report.json. more: further cells by name."""
+    rows = (
+        (stage_cell(stage), *latency_cells(stages[stage.name]), *(more or {}).get(stage.name, ()))
+        for stage in STAGES.values()
+    )
+    return table(("stage", *LATENCY_HEADS, *more_heads), rows)
+
+
+def stage_cell(stage: Stage) -> str:
+    """A stage's name and meaning."""
+    return f"{escape(stage.name)}<em>{escape(stage.meaning)}</em>"
+
+
+def stage_histograms(samples: Mapping[str, NDArray[np.int64]]) -> str:
+    """A histogram per stage that has samples, ns by key of STAGES."""
+    charts = "".join(_stage_histogram(STAGES[key].name, values) for key, values in samples.items() if len(values))
+    return f'<div class="grid2">{charts}</div>'
+
+
+def _stage_histogram(name: str, samples_ns: NDArray[np.int64]) -> str:
+    samples = samples_ns / 1e6
+    p50, p99 = (float(p) for p in np.percentile(samples, (50, 99)))
+    digits = 2 if p99 >= 1 else 3
+    bins = histogram(np.minimum(samples, max(p99 * 1.25, 1e-3)), min(BINS, max(8, len(samples) // 8)))
+    axes = chart.Axes(340, 170, (float(bins.edges[0]), float(bins.edges[-1])), (0.0, float(bins.counts.max()) * 1.2))
+    is_close = axes.x(p99) - axes.x(p50) < LABEL_PX
+    drawing = chart.svg(
+        axes,
+        chart.grid(axes, x_label="ms", y_label="count", x_ticks=5, y_ticks=3),
+        chart.bars(axes, bins.edges.tolist(), bins.counts.tolist(), "ink a"),
+        chart.marker(axes, p50, "mark", f"p50 {figure(p50, digits)}", before=is_close or None),
+        chart.marker(axes, p99, "mark", f"p99 {figure(p99, digits)}", depth=1),
+        title=f"histogram of {name}",
+    )
+    return captioned(name, f"max {samples.max():.{digits}f} ms", drawing)
+
+
+def lateness_over_time(run: RunRecords, duration_s: float, marks: Sequence[str] = ()) -> str:
+    """The drawing: each point is the worst of its stretch of time. marks: more of chart's, on the same axes."""
+    times, worst = chart.peaks(seconds(run, run.ticks.start_ns), (run.ticks.start_ns - run.ticks.due_ns) / 1e6, COLUMNS)
+    axes = wide_axes(duration_s, (0.0, max(float(worst.max()) * 1.08, 0.1)))
+    return chart.svg(
+        axes,
+        chart.grid(axes, x_label="time, s", y_label="lateness, ms", x_ticks=10),
+        chart.line(axes, times.tolist(), worst.tolist(), "pen a thin"),
+        *marks,
+        title="tick lateness over time",
+    )
+
+
+def chunk_timeline(run: RunRecords) -> str:
+    """TIMELINE_S from the middle of the run, a lane per chunk and one of what ran; "" when there was no chunk."""
     window = timeline_window(run)
     chunks = [c for c in run.chunks if c.chunk_id >= 0 and c.published_ns > window[0] and c.observed_ns < window[1]]
     if not chunks:
         return ""
+    start, end = (seconds(run, t_ns) for t_ns in window)
+    lanes = len(chunks) + 1
+    axes = chart.Axes(1060, 44 + LANE_PX * lanes, (start, end), (float(lanes), 0.0))
     executed = executed_rows(run)
-    start, end = (_seconds(run, t_ns) for t_ns in window)
-    axes = chart.Axes(1060, 44 + LANE_PX * len(chunks), (start, end), (float(len(chunks)), 0.0))
+    oldest = max((_age_ns(run, c, k) for c in chunks for k in range(c.rows) if (c.chunk_id, k) in executed), default=1)
     drawing = chart.svg(
         axes,
         chart.grid(axes, x_label="time, s", y_label="chunk", x_ticks=12, y_ticks=0),
-        *(_lane(axes, lane, chunk, run, executed) for lane, chunk in enumerate(chunks)),
-        title="which rows of which chunk were executed when",
+        *(_lane(axes, lane, chunk, run, executed, oldest) for lane, chunk in enumerate(chunks)),
+        _what_ran(axes, lanes - 1, run, {chunk.chunk_id: chunk for chunk in chunks}, oldest),
+        title="which rows of which chunk were executed when, and how old their observation was",
     )
-    words = (
-        f"{TIMELINE_S:.0f} s from the middle of the run. Row 0 of a chunk is due at its observation (in mode sync, "
-        "when it comes). When a chunk is published, what is past is skipped, and from its first own row on it replaces "
-        "the chunk before."
-    )
-    return _section(
-        "Chunk timeline: observation to command", words, chart.legend(ROWS), f'<div class="wide">{drawing}</div>'
-    )
+    ages = [f"≤ {(k + 1) * oldest / SHADES / 1e6:.0f} ms" for k in range(SHADES)]
+    ages[0] = f"row executed, its observation {ages[0]} old"
+    return chart.legend([*ROWS, *((f"ink age{k}", words) for k, words in enumerate(ages))]) + wide(drawing)
 
 
+TIMELINE_WORDS = (
+    f"{TIMELINE_S:.0f} s from the middle of the run. Row 0 of a chunk is due at its observation (in mode sync, when it "
+    "comes). When a chunk is published, what is past is skipped, and from its first own row on it replaces the chunk "
+    "before: a dashed line is such a seam. The last lane is what ran, the darker the older its observation."
+)
 ROWS = (
     ("ink pale", "waiting since the capture of the observation"),
     ("ink b", "inference"),
     ("ink lock", "row locked to the chunk before"),
-    ("ink a", "row executed"),
     ("ink wash", "row past before the chunk came, or replaced by the next"),
 )
 
@@ -179,13 +184,20 @@ def executed_rows(run: RunRecords) -> set[tuple[int, int]]:
     return set(zip(run.ticks.chunk_id.tolist(), run.ticks.row.tolist(), strict=True))
 
 
-def _lane(axes: chart.Axes, lane: int, chunk: ChunkRecord, run: RunRecords, executed: set[tuple[int, int]]) -> str:
-    observed, started, published = (_seconds(run, t) for t in (chunk.observed_ns, chunk.started_ns, chunk.published_ns))
+def _age_ns(run: RunRecords, chunk: ChunkRecord, k: int) -> int:
+    """How old the observation behind row k is when the row is due."""
+    return chunk.t0_ns + k * run.policy_period_ns - chunk.observed_ns
+
+
+def _lane(
+    axes: chart.Axes, lane: int, chunk: ChunkRecord, run: RunRecords, executed: set[tuple[int, int]], oldest_ns: int
+) -> str:
+    observed, started, published = (seconds(run, t) for t in (chunk.observed_ns, chunk.started_ns, chunk.published_ns))
     thin = (lane + 0.30, lane + 0.10)
     hint = f"chunk {chunk.chunk_id}: inference {(published - started) * 1e3:.1f} ms, {chunk.delay} rows locked"
     return "".join(
         [
-            *(_row(axes, lane, chunk, k, run, executed) for k in range(chunk.rows)),
+            *(_row(axes, lane, chunk, k, run, executed, oldest_ns) for k in range(chunk.rows)),
             chart.block(axes, (observed, started), thin, "ink pale"),
             chart.block(axes, (started, published), thin, "ink b", hint),
             chart.note(axes, axes.x_range[0], lane + 0.75, f"#{chunk.chunk_id} ", "end"),
@@ -194,133 +206,60 @@ def _lane(axes: chart.Axes, lane: int, chunk: ChunkRecord, run: RunRecords, exec
 
 
 def _row(
-    axes: chart.Axes, lane: int, chunk: ChunkRecord, k: int, run: RunRecords, executed: set[tuple[int, int]]
+    axes: chart.Axes,
+    lane: int,
+    chunk: ChunkRecord,
+    k: int,
+    run: RunRecords,
+    executed: set[tuple[int, int]],
+    oldest_ns: int,
 ) -> str:
-    start = _seconds(run, chunk.t0_ns + k * run.policy_period_ns)
+    start = seconds(run, chunk.t0_ns + k * run.policy_period_ns)
     end = start + 0.94 * run.policy_period_ns / 1e9
+    age_ns = _age_ns(run, chunk, k)
     if (chunk.chunk_id, k) in executed:
-        css, state = "ink a", "executed"
+        css, state = _shade(age_ns, oldest_ns), f"executed, {age_ns / 1e6:.0f} ms old"
     else:
         css, state = ("ink lock", "locked") if k < chunk.delay else ("ink wash", "not executed")
     words = f"chunk {chunk.chunk_id}, row {k}: {state}"
     return chart.block(axes, (start, end), (lane + 0.92, lane + 0.36), css, words)
 
 
-def _latency(report: Report, run: RunRecords) -> str:
-    rows = "".join(_latency_row(stage, report["stages"][stage.name]) for stage in STAGES.values())
-    heads = "".join(f"<th>{name}</th>" for name in ("stage", "n", "p50, ms", "p95, ms", "p99, ms", "max, ms"))
-    charts = "".join(_stage(STAGES[key].name, samples) for key, samples in stage_samples(run).items() if len(samples))
-    return _section(
-        "Latency, stage by stage",
-        "Dashed lines: p50 and p99. What lies beyond the right edge is counted in the last bar.",
-        f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div><br>',
-        f'<div class="grid2">{charts}</div>',
-    )
+def _shade(age_ns: int, oldest_ns: int) -> str:
+    return f"ink age{min(SHADES - 1, max(0, -(-age_ns * SHADES // max(oldest_ns, 1)) - 1))}"
 
 
-def _latency_row(stage: Stage, latency: Mapping[str, Any]) -> str:
-    cells = "".join(f"<td>{figure(latency[key])}</td>" for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms"))
-    return f"<tr><td>{escape(stage.name)}<em>{escape(stage.meaning)}</em></td><td>{latency['n']}</td>{cells}</tr>"
+def _what_ran(axes: chart.Axes, lane: int, run: RunRecords, chunks: Mapping[int, ChunkRecord], oldest_ns: int) -> str:
+    """A block per stretch of ticks on the same row, and a line through all lanes where one chunk takes over."""
+    ids, rows = run.ticks.chunk_id, run.ticks.row
+    starts = np.flatnonzero(np.diff(ids, prepend=-2) | np.diff(rows, prepend=-2)).tolist()
+    marks = [chart.note(axes, axes.x_range[0], lane + 0.85, "ran ", "end")]
+    for first, last in zip(starts, [*starts[1:], len(ids) - 1], strict=False):
+        chunk = chunks.get(int(ids[first]))
+        if chunk is not None and rows[first] < chunk.rows:
+            words = f"row {rows[first]} of chunk {chunk.chunk_id}, seen {_seen_ms(run, chunk, first):.0f} ms before"
+            css = _shade(_age_ns(run, chunk, int(rows[first])), oldest_ns)
+            begin, end = (seconds(run, int(run.ticks.start_ns[k])) for k in (first, last))
+            marks.append(chart.block(axes, (begin, end), (lane + 0.95, lane + 0.30), css, words))
+    return "".join(marks) + _seams(axes, run)
 
 
-def _stage(name: str, samples_ns: NDArray[np.int64]) -> str:
-    samples = samples_ns / 1e6
-    p50, p99 = (float(p) for p in np.percentile(samples, (50, 99)))
-    bins = histogram(np.minimum(samples, max(p99 * 1.25, 1e-3)), min(BINS, max(8, len(samples) // 8)))
-    axes = chart.Axes(340, 170, (float(bins.edges[0]), float(bins.edges[-1])), (0.0, float(bins.counts.max()) * 1.2))
-    drawing = chart.svg(
-        axes,
-        chart.grid(axes, x_label="ms", y_label="count", x_ticks=5, y_ticks=3),
-        chart.bars(axes, bins.edges.tolist(), bins.counts.tolist(), "ink a"),
-        chart.marker(axes, p50, "mark", f"p50 {p50:.2f}"),
-        chart.marker(axes, p99, "mark", f"p99 {p99:.2f}", depth=1),
-        title=f"histogram of {name}",
-    )
-    return _figure(name, f"max {samples.max():.2f} ms", drawing)
+def _seen_ms(run: RunRecords, chunk: ChunkRecord, tick: int) -> float:
+    return float(run.ticks.sent_ns[tick] - chunk.observed_ns) / 1e6
 
 
-def _lateness(report: Report, run: RunRecords) -> str:
-    ticks = run.ticks
-    if len(ticks.start_ns) == 0:
-        return ""
-    times, worst = chart.peaks(_seconds(run, ticks.start_ns), (ticks.start_ns - ticks.due_ns) / 1e6, COLUMNS)
-    axes = _wide_axes(report, (0.0, max(float(worst.max()) * 1.08, 0.1)))
-    drawing = chart.svg(
-        axes,
-        chart.grid(axes, x_label="time, s", y_label="lateness, ms", x_ticks=10),
-        chart.line(axes, times.tolist(), worst.tolist(), "pen a thin"),
-        title="tick lateness over time",
-    )
-    words = (
-        "How long after its deadline a tick began; each point is the worst of its stretch of time. A deadline whose "
-        f"whole period of {1e3 / report['rate_hz_wanted']:.1f} ms is gone is missed, counted and never made up for."
-    )
-    return _section("Tick lateness", words, f'<div class="wide">{drawing}</div>')
+def _seams(axes: chart.Axes, run: RunRecords) -> str:
+    taken = np.flatnonzero(np.diff(run.ticks.chunk_id, prepend=run.ticks.chunk_id[:1]))
+    times = (seconds(run, run.ticks.start_ns[k]) for k in taken.tolist())
+    return "".join(chart.marker(axes, t, "mark seam") for t in times if axes.x_range[0] <= t <= axes.x_range[1])
 
 
-def _joints(report: Report, run: RunRecords) -> str:
-    if len(run.ticks.start_ns) == 0:
-        return ""
-    charts = "".join(_joint(report, run, j) for j in range(len(run.joints)))
-    key = chart.legend([("ink a", "target sent"), ("ink b", "measured")])
-    words = "As sent to, and read from, the servo bus."
-    return _section("Joints: target and measured", words, key, f'<div class="grid2">{charts}</div>')
-
-
-def _joint(report: Report, run: RunRecords, j: int) -> str:
-    ticks, keep = run.ticks, chart.sparse(len(run.ticks.start_ns), COLUMNS)
-    goal, measured = (np.degrees(series[keep, j]) for series in (ticks.goal_rad, ticks.position_rad))
-    times = _seconds(run, ticks.start_ns[keep]).tolist()
-    axes = chart.Axes(340, 170, (0.0, max(report["duration_s"], 1e-3)), _padded(np.concatenate((goal, measured))))
-    drawing = chart.svg(
-        axes,
-        chart.grid(axes, x_label="time, s", y_label="degrees", x_ticks=5),
-        chart.line(axes, times, measured.tolist(), "pen b"),
-        chart.line(axes, times, goal.tolist(), "pen a thin"),
-        title=f"{run.joints[j]}: target and measured",
-    )
-    error_deg = float(np.sqrt(np.nanmean(np.degrees(ticks.goal_rad[:, j] - ticks.position_rad[:, j]) ** 2)))
-    return _figure(run.joints[j].replace("_", " "), f"RMS difference {error_deg:.1f}°", drawing)
-
-
-def _padded(values: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    margin = max((high - low) * 0.08, 0.5)
-    return low - margin, high + margin
-
-
-def _facts(report: Report, _: RunRecords) -> str:
-    rows = "".join(_fact(field, report[field.name]) for field in FIELDS if field.name not in ("config", "stages"))
-    config = escape(json.dumps(report["config"], indent=2))
-    return _section(
-        "Every figure",
-        "As in report.json.",
-        f'<table class="facts"><tr><th>field</th><th>value</th><th>meaning</th></tr>{rows}</table>',
-        f"<details><summary>config: the effective one (object)</summary><pre>{config}</pre></details>",
-    )
-
-
-def _fact(field: Field, value: Any) -> str:
-    meaning = escape(f"{field.meaning} ({field.unit})")
-    return f"<tr><td>{field.name}</td><td>{_value(value)}</td><td>{meaning}</td></tr>"
-
-
-def _value(value: Any) -> str:
+def as_words(value: Any) -> str:
+    """A value of report.json, for people."""
     if isinstance(value, Mapping):
-        return "<br>".join(f"{escape(str(k))}: {_value(v)}" for k, v in value.items()) or "none"
+        return "<br>".join(f"{escape(str(k))}: {as_words(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
-        return ", ".join(map(_value, value))
+        return ", ".join(map(as_words, value))
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
-
-
-SECTIONS: tuple[Callable[[Report, RunRecords], str], ...] = (
-    _task,
-    _cameras,
-    _timeline,
-    _latency,
-    _lateness,
-    _joints,
-    _facts,
-)

@@ -1,4 +1,4 @@
-"""What a run came to: report.json for scripts, report.html for a person, from the records in the run's folder.
+"""What a run came to: report.json for scripts, report.html for a person, from the flight log in the run's folder.
 
 python -m onbeat.runtime.report out/RUN
 """
@@ -10,66 +10,87 @@ from pathlib import Path
 from typing import Any
 
 from onbeat.drivers.twin.records import TRUTH_FILE
-from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime import page, record
-from onbeat.runtime.daemon import FRAMES_FOLDER
-from onbeat.runtime.provenance import bundle_hash, git_commit, versions
-from onbeat.runtime.run_records import RunRecords, read_chunks, read_ticks, read_truth
+from onbeat.runtime import report_page
+from onbeat.runtime.flight.reader import Log, read_log
+from onbeat.runtime.run_records import (
+    CHUNK_FIELDS,
+    STAGE_FIELDS,
+    TICK_FIELDS,
+    MachineRecords,
+    RunRecords,
+    read_chunks,
+    read_ticks,
+    read_truth,
+)
 from onbeat.runtime.summary import as_text, summarise
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 TWIN_FOLDER = "twin"
 
 
-class NoRecords(OnbeatError):
-    """A folder that holds no run."""
-
-
 def write_report(folder: Path) -> dict[str, Any]:
-    """Write report.json and report.html beside the records of a run; returns the report. Raises NoRecords."""
+    """Write report.json and report.html beside the log of a run; returns the report. Raises NoLog, LogError."""
     run = read_run(folder)
     report = summarise(run)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / PAGE_FILE).write_text(page.render(report, run), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(report_page.render(report, run), encoding="utf-8")
     return report
 
 
 def read_run(folder: Path) -> RunRecords:
-    """The daemon's records and, where there was a twin, its truth (in the sub-folder `twin`). Raises NoRecords."""
-    try:
-        ticks, chunks, run = record.load(folder)
-    except OSError as error:
-        raise NoRecords(f"{folder} holds no run ({error}): give the folder that `onbeat run` printed") from None
-    twin = folder / TWIN_FOLDER
+    """The flight log and, where there was a twin, its truth (in the sub-folder `twin`). Raises NoLog, LogError."""
+    log, twin = read_log(folder), folder / TWIN_FOLDER
+    outcome: Mapping[str, Any] = log.outcome or {}
+    pictures = {camera: log.last_picture(camera) for camera in log.cameras}
     return RunRecords(
-        header=header(run),
-        joints=tuple(run["joints"]),
-        policy_period_ns=run["policy_period_ns"],
-        ticks=read_ticks(ticks),
-        missed_ticks=run["status"]["missed"],
-        chunks=read_chunks(chunks),
-        faults={kind: count for kind, count in run["bus"].items() if kind != "ok" and count},
+        header=header(log),
+        joints=tuple(log.header["joints"]),
+        policy_period_ns=log.header["policy_period_ns"],
+        ticks=read_ticks(log.records("/tick", *TICK_FIELDS)),
+        missed_ticks=outcome["status"]["missed"] if outcome else missed_ticks(log),
+        chunks=read_chunks(log.records("/chunk", *CHUNK_FIELDS, *STAGE_FIELDS)),
+        faults={kind: count for kind, count in outcome.get("bus", {}).items() if kind != "ok" and count},
         truth=read_truth(twin) if (twin / TRUTH_FILE).exists() else None,
-        pictures={path.stem: path.read_bytes() for path in sorted((folder / FRAMES_FOLDER).glob("*.png"))},
+        pictures={camera: picture for camera, picture in pictures.items() if picture is not None},
+        warm_up_ns=tuple(outcome.get("warm_up_ns", ())),
+        machine=machine_records(log),
     )
 
 
-def header(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What ran, from run.json and from this installation."""
-    config = run["config"]
+def header(log: Log) -> dict[str, Any]:
+    """What ran, by names of summary.FIELDS."""
+    told, outcome = log.header, log.outcome or {}
+    config = told["config"]
     return {
-        "started": run["started"],
-        "robot": run["robot"]["name"],
-        "config": {**config, "robot": run["robot"]},
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "bundle_sha256": bundle_hash(Path(config["bundle"])),
-        "real_time": run["real_time"],
-        "error": run["error"],
-        "instruction": config["instruction"],
-        "mode": run["mode"],
-        "rate_hz_wanted": run["robot"]["loop_rate_hz"],
+        "started": told["started"],
+        "robot": config["robot"]["name"],
+        "config": config,
+        "versions": told["versions"],
+        "git_commit": told["git_commit"],
+        "bundle_sha256": told["bundle_sha256"],
+        "calibration_sha256": told["calibration_sha256"],
+        "real_time": outcome.get("real_time", {}),
+        "error": outcome.get("error") if outcome else "the log ends without an outcome: the process was killed",
+        "log_problems": list(log.problems),
+        "instruction": config.get("instruction", ""),
+        "mode": told["mode"],
+        "rate_hz_wanted": told["rate_hz"],
     }
+
+
+def machine_records(log: Log) -> MachineRecords | None:
+    """The machine beside the loop, None when nobody looked at it."""
+    about = log.header.get("machine")
+    return MachineRecords(about, log.records("/machine")) if about and "/machine" in log.topics else None
+
+
+def missed_ticks(log: Log) -> int:
+    """Deadlines between the first and the last tick that no tick had, of a log whose loop did not tell."""
+    ticks = log.records("/tick", "due_ns", "number")
+    if len(ticks) == 0:
+        return 0
+    due = round(float(ticks["due_ns"][-1] - ticks["due_ns"][0]) * log.header["rate_hz"] / 1e9)
+    return due - int(ticks["number"][-1] - ticks["number"][0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

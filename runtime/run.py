@@ -24,8 +24,10 @@ from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.bundle import load_bundle
 from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.daemon import DaemonConfig
+from onbeat.runtime.flight.encoding import FORMS, PNG
+from onbeat.runtime.flight.reader import LOG_FOLDER
+from onbeat.runtime.flight.view import LIVE, REMOTE, check_target
 from onbeat.runtime.modes import MODES, choose_mode
-from onbeat.runtime.record import RUN_FILE
 from onbeat.runtime.report import PAGE_FILE, TWIN_FOLDER, write_report
 from onbeat.runtime.robots import ROBOTS, Robot, RobotConfig, as_json, build_robot, limits_table, load_robot
 from onbeat.runtime.summary import as_text
@@ -34,6 +36,7 @@ DEFAULT_BUNDLE = Path("bundles/so101-lift")
 DEFAULT_INSTRUCTION = "lift the red cube"
 FIRST_WORLD_SEED = 200_000  # training and `evaluate` use worlds below
 LOG_FILE = "daemon.log"
+LEAST_LOG_MB = 10
 END_S = 20.0  # for the daemon, after it was asked to stop
 LIVE_PERIOD_S = 5.0  # between two live lines where they cannot overwrite each other
 
@@ -63,6 +66,9 @@ class RunOptions:
     threads: int
     mode: str = ""
     allow_untrained_prefix: bool = False
+    log_budget_mb: float = 2000.0
+    log_frames: str = PNG
+    view: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,18 +86,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: RunOptions) -> int:
     """Check, drive, report. Raises OnbeatError."""
-    robot = check(options)
-    screen = sys.stderr if options.is_json else sys.stdout
-    print(f"{robot.config.name}: limits\n{limits_table(robot)}\n", file=screen)
-    folder = new_run_folder(options.out)
-    print("starting; on a new machine the control loop is compiled first, about half a minute", file=screen)
-    with interrupts_raise(), devices(robot.config, options, folder) as config:
-        failure = supervise(daemon_config(config, options, folder), folder, screen)
-    if (folder / RUN_FILE).exists():
+    folder, failure = drive(options, sys.stderr if options.is_json else sys.stdout)
+    if (folder / LOG_FOLDER).exists():
         show_report(write_report(folder), folder, is_json=options.is_json)
     if failure is not None:
         raise DaemonFailed(failure)
     return 0
+
+
+def drive(options: RunOptions, screen: TextIO) -> tuple[Path, str | None]:
+    """Check and drive; returns the run's folder, and what went wrong. Raises OnbeatError before anything moves."""
+    robot = check(options)
+    print(f"{robot.config.name}: limits\n{limits_table(robot)}\n", file=screen)
+    folder = new_run_folder(options.out)
+    print("starting; on a new machine the control loop is compiled first, about half a minute", file=screen)
+    with interrupts_raise(), devices(robot.config, options, folder) as config:
+        return folder, supervise(daemon_config(config, options, folder), folder, screen)
 
 
 def show_report(report: Mapping[str, Any], folder: Path, *, is_json: bool) -> None:
@@ -111,6 +121,10 @@ def check(options: RunOptions) -> Robot:
         _check_real(robot.config, options)
     if not 0 < options.seconds < math.inf:
         raise RunRefused(f"--seconds {options.seconds}: give a time above 0")
+    if options.view:
+        check_target(options.view)
+    if not LEAST_LOG_MB <= options.log_budget_mb < math.inf:
+        raise RunRefused(f"--log-budget-mb {options.log_budget_mb:g}: give {LEAST_LOG_MB} or more")
     if options.threads < 1:
         raise RunRefused(f"--threads {options.threads}: give 1 or more")
     bundle = load_bundle(options.bundle)
@@ -185,6 +199,9 @@ def daemon_config(config: RobotConfig, options: RunOptions, folder: Path) -> Dae
         threads=options.threads,
         mode=options.mode,
         allow_untrained_prefix=options.allow_untrained_prefix,
+        log_budget_bytes=round(options.log_budget_mb * 1e6),
+        log_frames=options.log_frames,
+        view=options.view,
     )
 
 
@@ -319,9 +336,19 @@ def parse(argv: Sequence[str] | None) -> RunOptions:
     parser.add_argument("--instruction", default=DEFAULT_INSTRUCTION, help="what the policy is asked to do")
     parser.add_argument("--port", default="", help="servo bus of a real arm")
     parser.add_argument("--arm", action="store_true", dest="is_armed", help="a real arm may move")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the run's records and report")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the run's log and report")
     parser.add_argument("--threads", type=int, default=1, help="of the inference engine")
     parser.add_argument("--mode", default="", help=f"how chunks join: {', '.join(MODES)}; empty: the checkpoint's own")
     parser.add_argument("--allow-untrained-prefix", action="store_true", help="keep rows that training never did")
+    parser.add_argument("--log-budget-mb", type=float, default=2000.0, help="of disk for the flight log, MB")
+    parser.add_argument("--log-frames", choices=FORMS, default=PNG, help="how frames are kept; png loses nothing")
+    parser.add_argument(
+        "--view",
+        nargs="?",
+        const=LIVE,
+        default="",
+        metavar="TO",
+        help=f"watch in Rerun: on this screen, into a file that ends in .rrd, or at {REMOTE[0]}HOST:9876/proxy",
+    )
     parser.add_argument("--json", action="store_true", dest="is_json", help="print the report as JSON")
     return RunOptions(**vars(parser.parse_args(argv)))

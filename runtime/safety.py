@@ -123,7 +123,9 @@ class Safety(NamedTuple):
 
     ended_by: (1,) int64, the first fault that ends the run, or NO_FAULT. loaded, behind: (J,) int64, for how many ticks
     the load was too high, or the joint too far from its command. silent: (1,) int64, exchanges that failed in a row.
-    bucket: (1,), retries over the budget. retries: (1,) int64, of Inputs.retries, what the last tick saw.
+    bucket: (1,), retries over the budget. retries: (1,) int64, of Inputs.retries, what the last tick saw. seen: (1,)
+    int64, bit k: an input of the last tick showed fault k, for inputs may change while it looks. frame_ns: (1,) int64,
+    of Inputs.frame_ns, what it saw.
     """
 
     rules: NDArray[np.void]
@@ -137,11 +139,13 @@ class Safety(NamedTuple):
     silent: NDArray[np.int64]
     bucket: NDArray[np.float64]
     retries: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    frame_ns: NDArray[np.int64]
 
 
 def new_safety(joints: int, period_s: float, settings: SafetySettings | None = None) -> Safety:
     """A machine in which nothing has happened, for a loop of that period."""
-    counts = [np.zeros(1, np.int64) for _ in range(6)]
+    counts = [np.zeros(1, np.int64) for _ in range(8)]
     return Safety(
         rules=_rules(period_s),
         status=np.zeros(len(TABLE), STATUS),
@@ -162,6 +166,8 @@ def new_safety(joints: int, period_s: float, settings: SafetySettings | None = N
         silent=counts[4],
         bucket=np.zeros(1),
         retries=counts[5],
+        seen=counts[6],
+        frame_ns=counts[7],
     )
 
 
@@ -240,6 +246,7 @@ def watch(safety, now_ns, is_missing, load):
 
     now_ns: monotonic. is_missing: a chunk was there before and no row is due now. load: (J,), of stall.
     """
+    safety.seen[0] = 0
     _detect(safety, now_ns, is_missing, load)
     level = safety.status[COMMAND_REFUSED].level
     for fault in range(safety.status.shape[0]):
@@ -255,6 +262,7 @@ def observe(safety, fault):
     rule, status = safety.rules[fault], safety.status[fault]
     events = safety.inputs.events[fault]
     if events != status.seen or safety.inputs.conditions[fault] != 0:
+        safety.seen[0] |= 1 << fault
         status.onsets += status.age == 0
         status.age += 1
         status.quiet = 0
@@ -291,6 +299,7 @@ def fault_bits(safety):
 def _detect(safety, now_ns, is_missing, load):
     inputs, conditions, limits = safety.inputs, safety.inputs.conditions, safety.thresholds
     frame_ns = inputs.frame_ns[0]
+    safety.frame_ns[0] = frame_ns
     conditions[_CHUNK_MISSING] = is_missing
     conditions[_CAMERA_STALE] = frame_ns != 0 and now_ns - frame_ns > limits.max_frame_age_ns
     _detect_bus(safety)

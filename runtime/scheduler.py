@@ -10,22 +10,27 @@ published; `chunker.py` knows how, for each mode. This is the shell around it: c
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from onbeat.drivers.interfaces import Camera, Frame
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.chunker import Chunker, Plan
 from onbeat.runtime.faults import Fault
-from onbeat.runtime.mailbox import StateHistory
+from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.observation import Observation
-from onbeat.runtime.record import ChunkLog
 from onbeat.runtime.robots import Robot, state_values
 from onbeat.runtime.safety import Safety, report, set_condition
 from onbeat.runtime.timeline import EMPTY, EXPIRED, NOT_FINITE, OUTSIDE, STALE, Timeline, is_pending
 
 POLL_S = 0.002
+LATEST = 64  # inferences that a live line speaks of
 LOW_GATES = 3  # chunks in a row whose gate is low: the cameras show what the policy does not know
 FAULT_OF_REFUSAL = {
     EXPIRED: Fault.CHUNK_EXPIRED,
@@ -39,6 +44,12 @@ class NoFrames(OnbeatError):
     """A camera gave no frame, or none young enough, for so long that nothing can start."""
 
 
+class History(Protocol):
+    """What knows the joints of a time; `mailbox.StateHistory` is one."""
+
+    def at(self, t_ns: int) -> NDArray[np.float64] | None: ...
+
+
 class Blind(Enum):
     """Why there is no observation."""
 
@@ -47,7 +58,7 @@ class Blind(Enum):
     FUTURE = "future"  # a frame is stamped later than now: its clock is wrong
 
 
-def observe(cameras: Sequence[Camera], history: StateHistory, robot: Robot, now_ns: int) -> Observation | Blind:
+def observe(cameras: Sequence[Camera], history: History, robot: Robot, now_ns: int) -> Observation | Blind:
     """The newest frame of every camera, and the joints at the time of the oldest."""
     frames = {camera.name: camera.latest() for camera in cameras}
     known = {name: frame for name, frame in frames.items() if frame is not None}
@@ -71,6 +82,7 @@ class SchedulerStatus:
     late: chunks that were refused. stale, wrong_clock: how often no inference could start because a frame was missing
     or old, or from the future. withdrawn: chunks of an instruction that had changed meanwhile. bound_broken: chunks at
     which d <= s <= H - d did not hold; warning: what was wrong at the last that came, with the figures, or "".
+    latest_ns: how long the last inferences took.
     """
 
     inferences: int = 0
@@ -80,8 +92,8 @@ class SchedulerStatus:
     withdrawn: int = 0
     bound_broken: int = 0
     delay_steps: int = 0
-    last_inference_ns: int = 0
     warning: str = ""
+    latest_ns: deque[int] = field(default_factory=lambda: deque(maxlen=LATEST))
 
 
 class Scheduler:
@@ -92,13 +104,13 @@ class Scheduler:
         chunker: Chunker,
         *,
         cameras: Sequence[Camera],
-        history: StateHistory,
-        log: ChunkLog,
+        history: History,
+        log: Callable[[Inference], None],
         instruction: str,
         safety: Safety | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """safety: is told of the faults of chunks, see the fault table."""
+        """log: is told every inference, and must not block. safety: is told of the faults of chunks, see its table."""
         self.status = SchedulerStatus()
         self._safety = safety
         self._chunker = chunker
@@ -144,12 +156,16 @@ class Scheduler:
     def run(self, stop: threading.Event) -> None:
         """Infer until `stop`. What the policy or a camera raises goes to the caller, which stops the robot."""
         while not stop.is_set():
-            now_ns = self._clock()
-            observation = self._next_observation(now_ns)
-            if observation is None:
+            if not self.step(stop):
                 stop.wait(POLL_S)
-            else:
-                self._infer(observation, now_ns, stop)
+
+    def step(self, stop: threading.Event) -> bool:
+        """Infer from what is there to be seen, when it is time to; returns whether it was. Published unless `stop`."""
+        now_ns = self._clock()
+        observation = self._next_observation(now_ns)
+        if observation is not None:
+            self._infer(observation, now_ns, stop)
+        return observation is not None
 
     def _next_observation(self, now_ns: int) -> Observation | None:
         """An observation, once it is time for it."""
@@ -175,13 +191,15 @@ class Scheduler:
         published_ns = self._clock()
         self._tell(plan, first_row, published_ns - started_ns)
         self._judge(plan, first_row, is_new=is_new, is_early=is_early)
-        self._keep(plan, first_row, started_ns, observed_ns, published_ns)
+        times = {"started_ns": started_ns, "inferred_ns": inferred_ns, "published_ns": published_ns}
+        self._log(Inference(observation, instruction, self._chunk_fields(plan, first_row, observed_ns, times)))
 
     def _tell(self, plan: Plan, first_row: int, took_ns: int) -> None:
         status = self.status
         status.inferences += 1
         status.late += first_row < 0
-        status.delay_steps, status.last_inference_ns = plan.budget, took_ns
+        status.delay_steps = plan.budget
+        status.latest_ns.append(took_ns)
         status.warning = self._chunker.problem()
         status.bound_broken += bool(status.warning)
 
@@ -205,26 +223,35 @@ class Scheduler:
         if self._safety is not None:
             report(self._safety, fault)
 
-    def _keep(self, plan: Plan, first_row: int, started_ns: int, observed_ns: int, published_ns: int) -> None:
-        timeline, times = self.timeline, plan.output.times
-        self._log.append(
-            plan.targets,
-            {
-                "chunk_id": EMPTY if first_row < 0 else int(timeline.published[0]) - 1,
-                "observed_ns": plan.observed_ns,
-                "t0_ns": plan.observed_ns if first_row < 0 else int(timeline.newest_t0_ns[0]),
-                "started_ns": started_ns,
-                "published_ns": published_ns,
-                "budget": plan.budget,
-                "delay": plan.locked,
-                "first_row": first_row,
-                "camera_age_ns": started_ns - plan.observed_ns,
-                "observe_ns": observed_ns - started_ns + times.observe_ns,
-                "prefix_ns": times.prefix_ns,
-                "flow_ns": times.flow_ns,
-                "publish_ns": published_ns - observed_ns - times.total_ns,
-            },
-        )
+    def _chunk_fields(
+        self, plan: Plan, first_row: int, observed_ns: int, times: Mapping[str, int]
+    ) -> Mapping[str, Any]:
+        """Of /chunk in the flight log. observed_ns: when the observation was there. times: its times."""
+        timeline, output, took = self.timeline, plan.output, plan.output.times
+        return {
+            **times,
+            "number": self.status.inferences - 1,
+            "chunk_id": EMPTY if first_row < 0 else int(timeline.published[0]) - 1,
+            "observed_ns": plan.observed_ns,
+            "t0_ns": plan.observed_ns if first_row < 0 else int(timeline.newest_t0_ns[0]),
+            "met_ns": int(timeline.met_ns[0]),
+            "rows": len(plan.targets),
+            "budget": plan.budget,
+            "delay": plan.locked,
+            "executed": self._chunker.executed,
+            "first_row": first_row,
+            "camera_age_ns": times["started_ns"] - plan.observed_ns,
+            "observe_ns": observed_ns - times["started_ns"] + took.observe_ns,
+            "prefix_ns": took.prefix_ns,
+            "flow_ns": took.flow_ns,
+            "publish_ns": times["published_ns"] - observed_ns - took.total_ns,
+            "targets_rad": plan.targets,
+            "actions": output.actions,
+            "noise": output.noise,
+            "directions": output.directions,
+            "gate": output.gate,
+            "cost": output.cost,
+        }
 
     def _first_observation(self, timeout_s: float) -> Observation:
         deadline_ns = self._clock() + int(timeout_s * 1e9)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onbeat.drivers.twin.judge import TickTimes, Violations, WireLimits, compare_times, count_violations
 from onbeat.drivers.twin.records import TorqueLine, read_goals, read_torque
 from onbeat.runtime.faults import Fault
+from onbeat.runtime.flight.reader import read_log
 from onbeat.runtime.robots import Robot
 from onbeat.runtime.soak_runner import Told
 from onbeat.runtime.soak_schedule import LETS_GO, OF_THE_MACHINE, TIMES, Kind
@@ -99,8 +100,9 @@ def run_figures(told: Told, wire: Wire) -> dict[str, Any]:
 
 def tick_times(told: Told, wire: Wire) -> TickTimes:
     """Goals as they came against ticks as they were; the first goal is that of torque going on, and no tick's."""
-    sent = np.load(told.ended["sent"])
-    return compare_times(wire.goals_of(told)[1:], sent["t_ns"], sent["goal_rad"], wire.limits.period_s)
+    ticks = read_log(Path(told.ended["log"])).records("/tick")
+    sent_ns = ticks["start_ns"] + ticks["compute_ns"]
+    return compare_times(wire.goals_of(told)[1:], sent_ns, ticks["goal_rad"], wire.limits.period_s)
 
 
 def memory_figures(samples_mb: Sequence[float]) -> dict[str, float]:

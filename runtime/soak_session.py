@@ -24,12 +24,16 @@ from onbeat.drivers.feetech.device import BusSettings, FeetechBus
 from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.daemon import Session, say_on_stdout
+from onbeat.runtime.daemon import Session, outcome, say_on_stdout
 from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.faults import Fault
+from onbeat.runtime.flight.header import make_header
+from onbeat.runtime.flight.reader import LOG_FOLDER
+from onbeat.runtime.flight.recorder import Recorder
 from onbeat.runtime.guard import Guard
 from onbeat.runtime.heartbeat import DONE
 from onbeat.runtime.loop import compile_ahead
+from onbeat.runtime.modes import ASYNC
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, build_robot, from_json, load_robot
@@ -223,8 +227,10 @@ def run_leg(leg: Leg, stop: threading.Event) -> bool:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
         bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
         guard = devices.enter_context(Guard(robot, bus))
-        session = Session(robot, policy, bus, cameras, INSTRUCTIONS[0], leg.seconds, tell, stop, guard=guard)
-        session.run_dir = Path(leg.run_dir)
+        header = make_header({"leg": leg.name}, robot, policy.spec, mode=ASYNC)
+        folder = Path(leg.run_dir) / f"{LOG_FOLDER}-{leg.name}-{header['started_ns']}"
+        recorder = devices.enter_context(Recorder(folder, header))
+        session = Session(robot, policy, bus, cameras, INSTRUCTIONS[0], leg.seconds, tell, recorder, stop, guard=guard)
         stage = Stage(session, policy, leg.acts)
         player = threading.Thread(target=stage.play, args=(stop,), name="acts")
         announcer = threading.Thread(target=announce, args=(session, guard.pid, stop), name="announcer")
@@ -239,9 +245,9 @@ def run_leg(leg: Leg, stop: threading.Event) -> bool:
             stop.set()
             player.join()
             announcer.join()
+            recorder.finish(session.loop.records, outcome(session))
         is_over = guard.phase == DONE
-        sent = keep_sent(session)
-        tell({"event": "ended", "error": error, "is_left_to_guardian": not is_over, "sent": sent, **ending(session)})
+        tell({"event": "ended", "error": error, "is_left_to_guardian": not is_over, **ending(session)})
     return is_over
 
 
@@ -262,16 +268,8 @@ def ending(session: Session) -> dict[str, Any]:
         "faults": onsets(session.state.safety),
         "ticks": session.loop.status.ticks,
         "missed": session.loop.status.missed,
+        "log": str(session.recorder.folder),
     }
-
-
-def keep_sent(session: Session) -> str:
-    """Put down which goals each tick sent, and the last moment before they left; returns the name of the file."""
-    assert session.run_dir is not None
-    ticks = session.ticks.arrays()
-    path = session.run_dir / f"sent-{session.loop.status.started_ns}.npz"
-    np.savez(path, t_ns=ticks["start_ns"] + ticks["compute_ns"], goal_rad=ticks["goal_rad"])
-    return str(path)
 
 
 def tell(event: Mapping[str, Any]) -> None:

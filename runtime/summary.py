@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.kernels.limit import ACCELERATION, HELD, POSITION, VELOCITY
-from onbeat.runtime import record
+from onbeat.runtime.flight.messages import CHUNK_STAGES
 from onbeat.runtime.measures import figure, summarise_ns, text_table, wilson_interval
 from onbeat.runtime.run_records import RunRecords, Truth
 from onbeat.runtime.tick import FLAG_NAMES, REFUSED
@@ -27,14 +27,18 @@ class Stage:
 
 
 # In the order of the data flow: the stages of an inference under their names in the records, then those of the loop.
+# What profile compares, what report.json holds and what both pages draw are these.
 STAGES = {
     "camera_age": Stage("camera age", "capture of the oldest frame to the start of the inference"),
     "observe": Stage("observe", "frames and joints to network inputs"),
     "prefix": Stage("vision + prefix", "images, instruction and state to K/V"),
     "flow": Stage("flow", "all flow steps, gate included"),
     "publish": Stage("publish", "actions to joint targets in the loop's buffer"),
+    "inference": Stage("inference", "all of it: inference thread woken to chunk published"),
     "lateness": Stage("tick lateness", "deadline to the start of the tick"),
+    "compute": Stage("tick compute", "look up, faults, limits, check"),
     "exchange": Stage("bus exchange", "sync write and sync read of all servos"),
+    "frame_to_command": Stage("frame to command", "capture to the first command that a chunk of it gave"),
 }
 
 
@@ -55,8 +59,10 @@ FIELDS = (
     Field("versions", "name: version", "Python, Onbeat and the packages that matter for timing"),
     Field("git_commit", "hash or null", "of the checkout; null when installed from a package"),
     Field("bundle_sha256", "hash", "of the bundle's manifest, which carries the hash of every file"),
+    Field("calibration_sha256", "hash or null", "of the calibration file"),
     Field("real_time", "what: got or not", "what the loop's thread asked of the operating system"),
     Field("error", "text or null", "why the run ended early"),
+    Field("log_problems", "list", "what the flight log lacks, and why"),
     Field("instruction", "text", "what the policy was asked to do"),
     Field("rate_hz_wanted", "Hz", "control loop rate of the config"),
     Field("rate_hz", "Hz", "ticks that ran / duration"),
@@ -64,8 +70,7 @@ FIELDS = (
     Field("missed_ticks", "count", "deadlines the loop counted as missed"),
     Field("missed_ticks_wire", "count or null", "goals that never came over the servo bus, seen by the twin"),
     Field("held_ticks", "count", "ticks on which no row of a chunk was due and the robot held its position"),
-    Field("stages", "name: n, ms", "latency of every stage: n, p50_ms, p95_ms, p99_ms, max_ms"),
-    Field("inference", "n, ms", "inference thread woken to chunk published"),
+    Field("stages", "name: n, ms", "latency of every stage: n, p50_ms, p95_ms, p99_ms, p99_9_ms, max_ms"),
     Field("reaction", "n, ms", "capture of the observation to chunk published"),
     Field("chunks", "count", "chunks published in time"),
     Field("chunks_refused", "why: count", "chunks that never ran, by timeline.REFUSALS"),
@@ -131,8 +136,23 @@ def missed_goals(goals_ns: NDArray[np.int64], period_ns: int) -> int:
 
 def stage_samples(run: RunRecords) -> dict[str, NDArray[np.int64]]:
     """Every duration of every stage, ns, by its key in STAGES."""
-    inference = {key: np.array([chunk.stages_ns[key] for chunk in run.chunks], np.int64) for key in record.STAGES}
-    return {**inference, "lateness": run.ticks.start_ns - run.ticks.due_ns, "exchange": run.ticks.exchange_ns}
+    chunks, ticks = run.chunks, run.ticks
+    return {
+        **{key: np.array([chunk.stages_ns[key] for chunk in chunks], np.int64) for key in CHUNK_STAGES},
+        "inference": np.array([chunk.published_ns - chunk.started_ns for chunk in chunks], np.int64),
+        "lateness": ticks.start_ns - ticks.due_ns,
+        "compute": ticks.compute_ns,
+        "exchange": ticks.exchange_ns,
+        "frame_to_command": np.array(list(frames_to_commands(run).values()), np.int64),
+    }
+
+
+def frames_to_commands(run: RunRecords) -> dict[int, int]:
+    """Chunk id -> ns from the capture of its observation to the first command it was in force for, if it ever was."""
+    ids, first = np.unique(run.ticks.chunk_id, return_index=True)
+    sent_ns = dict(zip(ids.tolist(), run.ticks.sent_ns[first].tolist(), strict=True))
+    taken = (chunk for chunk in run.chunks if chunk.chunk_id >= 0 and chunk.chunk_id in sent_ns)
+    return {chunk.chunk_id: sent_ns[chunk.chunk_id] - chunk.observed_ns for chunk in taken}
 
 
 def _inference(run: RunRecords) -> dict[str, Any]:
@@ -140,7 +160,6 @@ def _inference(run: RunRecords) -> dict[str, Any]:
     published = [chunk for chunk in chunks if chunk.chunk_id >= 0]
     executed = executed_delays(run)
     return {
-        "inference": asdict(summarise_ns([chunk.published_ns - chunk.started_ns for chunk in chunks])),
         "reaction": asdict(summarise_ns([chunk.published_ns - chunk.observed_ns for chunk in chunks])),
         "chunks": len(published),
         "chunks_refused": _counts(REFUSALS[chunk.first_row] for chunk in chunks if chunk.chunk_id < 0),
@@ -180,19 +199,24 @@ def _task(truth: Truth | None) -> dict[str, Any]:
 
 def as_text(report: Mapping[str, Any]) -> str:
     """The end of a run on a terminal: a latency table and the figures that matter most."""
-    stages = ((name, *_latency_cells(latency)) for name, latency in report["stages"].items())
-    latencies = text_table(("stage", "n", "p50 ms", "p95 ms", "p99 ms", "max ms"), stages)
+    stages = ((name, *latency_cells(latency)) for name, latency in report["stages"].items())
+    latencies = text_table(("stage", *LATENCY_HEADS), stages)
     return f"{latencies}\n\n{text_table(('run', ''), headline(report))}"
 
 
-def _latency_cells(latency: Mapping[str, Any]) -> tuple[str, ...]:
-    keys = ("p50_ms", "p95_ms", "p99_ms", "max_ms")
-    return (str(latency["n"]), *(figure(latency[key]) for key in keys))
+LATENCY_HEADS = ("n", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "max ms")
+
+
+def latency_cells(latency: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of LATENCY_HEADS; a dash for what n samples cannot tell."""
+    keys = ("p50_ms", "p95_ms", "p99_ms", "p99_9_ms", "max_ms")
+    return (str(latency["n"]), *(figure(latency[key], 3 if (latency["p50_ms"] or 0) < 1 else 2) for key in keys))
 
 
 def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a reader wants to know first, (name, value with unit)."""
     low, high = report["success_interval"]
+    inference = report["stages"][STAGES["inference"].name]
     return [
         ("loop rate", f"{figure(report['rate_hz'], 1)} Hz of {figure(report['rate_hz_wanted'], 0)} Hz"),
         (
@@ -201,7 +225,7 @@ def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "inference p50 / p99",
-            f"{figure(report['inference']['p50_ms'], 1)} / {figure(report['inference']['p99_ms'], 1)} ms",
+            f"{figure(inference['p50_ms'], 1)} / {figure(inference['p99_ms'], 1)} ms",
         ),
         ("chunks beyond their delay budget", f"{report['delay_exceeded']} of {report['chunks']}"),
         ("ticks held", str(report["held_ticks"])),

@@ -16,6 +16,7 @@ from onbeat.kernels.atomics import store_release
 from onbeat.kernels.compiled import compiled
 from onbeat.kernels.kinematics import Workspace, leaves, no_workspace
 from onbeat.kernels.limit import ACCELERATION, HELD, POSITION, VELOCITY, limit, smooth, smoothing_ticks
+from onbeat.runtime.flight.messages import TICK_RECORD, packed
 from onbeat.runtime.safety import (
     COMMAND_REFUSED,
     HOLD,
@@ -29,7 +30,7 @@ from onbeat.runtime.safety import (
     note_late,
     watch,
 )
-from onbeat.runtime.timeline import EMPTY, SLOTS, Timeline, committed_target, new_timeline
+from onbeat.runtime.timeline import EMPTY, SLOTS, Timeline, chunks_in_sight, committed_target_of, new_timeline
 
 REFUSED = 16  # the last check failed: the previous command was kept
 STARTED = 32  # the first tick: the command is the measured position
@@ -51,18 +52,7 @@ FLAG_NAMES = {
 OVERREACH_RAD = 0.25  # a policy that points further out of a joint's range than this does not know where the arm is
 ROUNDING = 1e-9  # relative, and rad: the last check allows what rounding adds to a command made inside the limits
 
-RECORD = np.dtype(
-    [
-        ("t_ns", np.int64),  # when the tick ran, monotonic
-        ("chunk_id", np.int64),  # the chunk in force, -1 when none
-        ("row", np.int64),  # its row, `length` once past its end, -1 when none
-        ("fraction", np.float64),  # of the way to the next row
-        ("age_ns", np.int64),  # since row 0 was due: how old the observation behind this command is
-        ("flags", np.int64),
-        ("level", np.int64),  # of faults.Level
-        ("faults", np.int64),  # bit k: faults.Fault(k) is there
-    ]
-)
+RECORD = packed(TICK_RECORD, {})
 
 
 class JointLimits(NamedTuple):
@@ -172,14 +162,15 @@ def tick(state, now_ns):
 
     state: TickState. now_ns: monotonic, or simulated. The first tick commands the measured position, at rest.
     """
-    chunk_id, t0_ns, row, fraction = committed_target(state.timeline, now_ns, state.target)
-    is_missing = math.isnan(state.target[0]) and state.timeline.published[0] > 0 and state.timeline.closed[0] == 0
+    in_sight = chunks_in_sight(state.timeline)
+    chunk_id, t0_ns, row, fraction = committed_target_of(state.timeline, in_sight, now_ns, state.target)
+    is_missing = math.isnan(state.target[0]) and in_sight > 0
     note_joints(state.safety, state.command_q, state.measured_q)
     level = watch(state.safety, now_ns, is_missing, state.measured_load)
     flags = _start(state) if math.isnan(state.command_q[0]) else _move(state, level)
     flags |= _commit(state)
     _count(state.counters, flags)
-    _write_record(state, now_ns, chunk_id, t0_ns, row, fraction, flags)
+    _write_record(state, now_ns, in_sight, chunk_id, t0_ns, row, fraction, flags)
     store_release(state.timeline.progress_ns, 0, now_ns)
     return flags
 
@@ -339,7 +330,7 @@ def _count(counters, flags):
 
 
 @compiled
-def _write_record(state, now_ns, chunk_id, t0_ns, row, fraction, flags):
+def _write_record(state, now_ns, in_sight, chunk_id, t0_ns, row, fraction, flags):
     record = state.record[0]
     record.t_ns = now_ns
     record.chunk_id = chunk_id
@@ -349,6 +340,10 @@ def _write_record(state, now_ns, chunk_id, t0_ns, row, fraction, flags):
     record.flags = flags
     record.level = state.safety.level[0]
     record.faults = fault_bits(state.safety)
+    record.number = state.counters.ticks[0] - 1
+    record.in_sight = in_sight
+    record.seen = state.safety.seen[0]
+    record.frame_ns = state.safety.frame_ns[0]
 
 
 def flag_names(flags: int) -> list[str]:

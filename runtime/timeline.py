@@ -47,7 +47,8 @@ class Timeline(NamedTuple):
     (S,) int64. t0_ns is the due time of row 0, first_row the first row of the chunk's own, seam_ns when the slot takes
     over. targets: (S, H, J) float64 in rad, NaN where nothing was due. lowest, highest: (J,) rad, a chunk with a row
     outside is refused. newest_t0_ns, published, closed: (1,) int64, of the newest chunk taken, how many were, and not
-    0 once none are taken any more. refused: (5,) int64, by -1 - reason. progress_ns: (1,) int64, the last tick's time.
+    0 once none are taken any more. refused: (5,) int64, by -1 - reason. progress_ns: (1,) int64, the last tick's time;
+    met_ns: (1,) int64, what it was when the newest chunk came.
     """
 
     sequence: NDArray[np.int64]
@@ -65,6 +66,7 @@ class Timeline(NamedTuple):
     closed: NDArray[np.int64]
     refused: NDArray[np.int64]
     progress_ns: NDArray[np.int64]
+    met_ns: NDArray[np.int64]
 
 
 def new_timeline(
@@ -93,6 +95,7 @@ def new_timeline(
         closed=np.zeros(1, np.int64),
         refused=np.zeros(len(REFUSALS), np.int64),
         progress_ns=np.full(1, NEVER, np.int64),
+        met_ns=np.full(1, NEVER, np.int64),
     )
 
 
@@ -139,7 +142,8 @@ def is_pending(timeline: Timeline, now_ns: int) -> bool:
 def commit_chunk(timeline, targets, t0_ns, period_ns, now_ns, locked_rows, blend_rows):
     """The compiled `publish`. One thread calls it."""
     length = targets.shape[0]
-    ran_until_ns = max(now_ns, load_acquire(timeline.progress_ns, 0))  # the publisher may be slower than the loop
+    timeline.met_ns[0] = load_acquire(timeline.progress_ns, 0)
+    ran_until_ns = max(now_ns, timeline.met_ns[0])  # the publisher may be slower than the loop
     next_row = max(0, -((t0_ns - ran_until_ns) // period_ns))
     reason = _why_not(timeline, targets, t0_ns, now_ns, _first_row(timeline, t0_ns, period_ns, next_row, locked_rows))
     if reason != 0:
@@ -214,15 +218,27 @@ def _is_committed(timeline, at_ns):
 
 
 @compiled
+def chunks_in_sight(timeline):
+    """How many chunks there are to look at: those published, 0 once they are withdrawn.
+
+    Who looks at one number of them, and at one time, finds the same whenever that is done: so a run can be replayed.
+    """
+    return 0 if load_acquire(timeline.closed, 0) != 0 else load_acquire(timeline.published, 0)
+
+
+@compiled
 def find_slot(timeline, now_ns):
     """The slot of the newest chunk whose seam has come by `now_ns`, or EMPTY. A slot that is being written is none."""
+    return _find_slot_of(timeline, chunks_in_sight(timeline), now_ns)
+
+
+@compiled
+def _find_slot_of(timeline, in_sight, now_ns):
     best, best_id = EMPTY, EMPTY
-    if load_acquire(timeline.closed, 0) != 0:
-        return best
     for slot in range(timeline.chunk_id.shape[0]):
         if begin_read(timeline.sequence[slot]) & 1:
             continue
-        if timeline.chunk_id[slot] > best_id and timeline.seam_ns[slot] <= now_ns:
+        if best_id < timeline.chunk_id[slot] < in_sight and timeline.seam_ns[slot] <= now_ns:
             best, best_id = slot, timeline.chunk_id[slot]
     return best
 
@@ -234,8 +250,14 @@ def committed_target(timeline, at_ns, out):
     NaN when no action is due; id and row are -1 where no chunk has begun. For a time to come this is the answer as of
     now: a chunk published later may replace it.
     """
+    return committed_target_of(timeline, chunks_in_sight(timeline), at_ns, out)
+
+
+@compiled
+def committed_target_of(timeline, in_sight, at_ns, out):
+    """`committed_target` with only the first `in_sight` chunks that were ever published."""
     for _ in range(LOOKS):
-        slot = find_slot(timeline, at_ns)
+        slot = _find_slot_of(timeline, in_sight, at_ns)
         if slot == EMPTY:
             break
         begun = begin_read(timeline.sequence[slot])

@@ -20,7 +20,7 @@ for module in {modules!r}:
     importlib.import_module(module)
     print(module)
 """
-OPTIONAL = ("torch", "onnx", "onnxscript", "safetensors", "tensorrt", "cuda", "pyrealsense2", "mujoco", "tqdm")
+OPTIONAL = ("torch", "onnx", "onnxscript", "safetensors", "tensorrt", "cuda", "pyrealsense2", "mujoco", "rerun", "tqdm")
 
 
 def module_names(areas: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("embodiment", "kernels", "drivers", "calibration", "runtime", "training", "export")
 ROBOT = FLOORS[:5]
 # Packages the robot does not carry, and the only places of its half that may name them.
-OPTIONAL = {"torch", "onnx", "onnxscript", "safetensors", "tensorrt", "cuda", "pyrealsense2", "mujoco"}
+OPTIONAL = {"torch", "onnx", "onnxscript", "safetensors", "tensorrt", "cuda", "pyrealsense2", "mujoco", "rerun"}
 MAY_IMPORT_AT_TOP = {"drivers/twin/world.py": {"mujoco"}}
 
 

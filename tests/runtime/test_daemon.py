@@ -1,13 +1,14 @@
 """A session on fake devices: whatever fails, the arm is brought to rest first and the reason comes out."""
 
+import errno
 import gc
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +17,19 @@ from onbeat.drivers.feetech.errors import PortLost
 from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import Frame
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.daemon import Session, loaded_modules
+from onbeat.runtime.daemon import SPARE_BYTES, Session, loaded_modules, outcome
+from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.faults import Level
+from onbeat.runtime.flight.header import make_header
+from onbeat.runtime.flight.reader import Log, read_log
+from onbeat.runtime.flight.recorder import Recorder
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, build_robot, load_robot
 from onbeat.runtime.safety import onsets
 
 ROWS, JOINTS = 16, 6
+SAMPLER = SamplerSpec(1, 1, "off", gate_lambda=0.0, gate_temperature=1.0, gate_directions=0)
+SPEC = PolicySpec(2, 8, 1, ROWS, 1, trained_delay=0, sampler=SAMPLER)
 RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
 
 
@@ -45,7 +52,7 @@ class SwingingPolicy:
 
     def __init__(self, robot: Robot, fails_at: int = 10**6) -> None:
         self.robot, self.fails_at, self.count = robot, fails_at, 0
-        self.spec = SimpleNamespace(chunk=ROWS, trained_delay=0, guidance=False)
+        self.spec = SPEC
         self.language = None
 
     def infer(self, observation, instruction, *, noise=None, prev_chunk=None, delay=0, guidance=None) -> PolicyOutput:  # noqa: ARG002
@@ -82,25 +89,40 @@ def _ordinary_process() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-def session(*, seconds: float = 1.0, fails_at: int = 10**6, on_exit: str = "hold") -> Session:
-    robot = build_robot(replace(load_robot("so101-twin").config, on_exit=on_exit))
+@pytest.fixture
+def log_folder(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def session(folder: Path, *, seconds: float = 1.0, fails_at: int = 10**6, on_exit: str = "hold") -> Session:
+    config = replace(load_robot("so101-twin").config, on_exit=on_exit, cameras={"top": "", "wrist": ""})
+    robot = build_robot(config)
     bus = CountingBus(robot.joints)
     cameras = [LiveCamera(view) for view in robot.embodiment.views]
     policy = SwingingPolicy(robot, fails_at)
     said: list = []
-    return Session(robot, policy, bus, cameras, "sway", seconds, said.append)  # pyright: ignore[reportArgumentType]
+    recorder = Recorder(folder, make_header({}, robot, SPEC, mode="async"))
+    return Session(robot, policy, bus, cameras, "sway", seconds, said.append, recorder)  # pyright: ignore[reportArgumentType]
 
 
-def assert_came_to_rest(run: Session) -> None:
-    goals = run.ticks.arrays()["goal_rad"]
+def log_of(run: Session) -> Log:
+    """What the run left behind, once it is over."""
+    run.recorder.finish(run.loop.records, outcome(run))
+    return read_log(run.recorder.folder)
+
+
+def assert_came_to_rest(run: Session) -> Log:
+    log = log_of(run)
+    goals = log.records("/tick")["goal_rad"]
     speed = np.diff(goals, axis=0) * RATE_HZ
     assert np.abs(speed).max() > 0.2
     assert np.abs(np.diff(speed, axis=0)).max() <= 20.0 / RATE_HZ * (1 + 1e-9)
     assert (goals[-1] == goals[-2]).all()
+    return log
 
 
-def test_runs_for_its_time_and_comes_to_rest():
-    run = session()
+def test_runs_for_its_time_and_comes_to_rest(log_folder: Path):
+    run = session(log_folder)
     run.run()
     status = run.status()
     assert status["chunks"] >= 5
@@ -109,58 +131,77 @@ def test_runs_for_its_time_and_comes_to_rest():
     assert_came_to_rest(run)
 
 
-def test_an_error_in_the_inference_thread_stops_the_run_with_its_reason():
-    run = session(seconds=30.0, fails_at=9)
+def test_an_error_in_the_inference_thread_stops_the_run_with_its_reason(log_folder: Path):
+    run = session(log_folder, seconds=30.0, fails_at=9)
     with pytest.raises(OnbeatError, match="not finite"):
         run.run()
     assert run.status()["t_s"] < 5
     assert_came_to_rest(run)
 
 
-def test_a_disk_that_fills_up_ends_the_run_by_name(tmp_path: Path):
-    run = session(seconds=30.0)
-    run.run_dir, run.free_bytes = tmp_path, lambda _: 10**12
-    filling = threading.Timer(1.0, setattr, (run, "free_bytes", lambda _: run.ticks.nbytes))
+def test_a_disk_that_fills_up_ends_the_run_by_name(log_folder: Path):
+    run = session(log_folder, seconds=30.0)
+    run.free_bytes = lambda _: 10**12
+    filling = threading.Timer(1.0, setattr, (run, "free_bytes", lambda _: SPARE_BYTES - 1))
     filling.start()
     with pytest.raises(OnbeatError, match="DISK_FULL"):
         run.run()
-    assert_came_to_rest(run)
+    log = assert_came_to_rest(run)
+    assert log.problems == ()
+    assert {"event": "fault", "name": "DISK_FULL"}.items() <= log.events[-2].items()
 
 
-def test_an_arm_relaxes_at_the_end_where_its_file_says_so():
-    run = session(seconds=0.5, on_exit="relax")
+def test_a_disk_that_takes_nothing_any_more_ends_the_run_by_name(log_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    run = session(log_folder, seconds=30.0)
+    filling = threading.Timer(1.2, monkeypatch.setattr, (os, "fsync", no_space))
+    filling.start()
+    with pytest.raises(OnbeatError, match="DISK_FULL"):
+        run.run()
+    log = log_of(run)
+    assert run.recorder.error == os.strerror(errno.ENOSPC)
+    assert run.recorder.dropped["/tick"] > 0
+    assert len(log.records("/tick")) > 0
+    assert "cut off" in log.problems[0]
+
+
+def no_space(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_arm_relaxes_at_the_end_where_its_file_says_so(log_folder: Path):
+    run = session(log_folder, seconds=0.5, on_exit="relax")
     run.run()
     assert not run.bus.is_enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_an_arm_parks_slowly_and_then_relaxes():
-    run = session(seconds=0.5, on_exit="park")
+def test_an_arm_parks_slowly_and_then_relaxes(log_folder: Path):
+    run = session(log_folder, seconds=0.5, on_exit="park")
     run.run()
     goals = np.array(run.bus.goals)  # pyright: ignore[reportAttributeAccessIssue]
     assert goals[-1] == pytest.approx(run.robot.config.park_q, abs=0.01)
     assert not run.bus.is_enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_cameras_that_show_nothing_hold_the_arm():
-    run = session(seconds=1.5)
+def test_cameras_that_show_nothing_hold_the_arm(log_folder: Path):
+    run = session(log_folder, seconds=1.5)
     cover = threading.Timer(0.6, lambda: [setattr(camera, "is_covered", True) for camera in run.cameras])
     cover.start()
     run.run()
     assert onsets(run.state.safety)["CAMERA_BLANK"] == 1
-    assert_came_to_rest(run)
-    assert run.ticks.arrays()["level"][-2] == Level.HOLD
+    log = assert_came_to_rest(run)
+    assert log.records("/tick")["level"][-2] == Level.HOLD
 
 
-def test_an_error_of_the_first_inference_moves_nothing():
-    run = session(fails_at=1)
+def test_an_error_of_the_first_inference_moves_nothing(log_folder: Path):
+    run = session(log_folder, fails_at=1)
     with pytest.raises(OnbeatError, match="not finite"):
         run.run()
     assert run.bus.goals == []  # pyright: ignore[reportAttributeAccessIssue]
     assert threading.active_count() == 1 or all(t.name not in ("loop", "inference") for t in threading.enumerate())
 
 
-def test_a_pulled_cable_ends_the_run_with_its_reason():
-    run = session(seconds=30.0)
+def test_a_pulled_cable_ends_the_run_with_its_reason(log_folder: Path):
+    run = session(log_folder, seconds=30.0)
     run.bus.lives = 50  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(PortLost, match="plug the adapter in again"):
         run.run()
@@ -168,23 +209,23 @@ def test_a_pulled_cable_ends_the_run_with_its_reason():
 
 
 @pytest.mark.slow
-def test_cameras_that_freeze_leave_the_arm_at_rest_and_the_loop_running():
-    run = session(seconds=3.2)
+def test_cameras_that_freeze_leave_the_arm_at_rest_and_the_loop_running(log_folder: Path):
+    run = session(log_folder, seconds=3.2)
     freeze = threading.Timer(0.5, lambda: [setattr(c, "frozen_ns", time.monotonic_ns()) for c in run.cameras])
     freeze.start()
     run.run()
     assert run.status()["stale"] > 0
-    ticks = run.ticks.arrays()
+    ticks = log_of(run).records("/tick")
     assert (ticks["goal_rad"][-50:] == ticks["goal_rad"][-1]).all()
     assert ticks["flags"][-60] & 1
 
 
-def test_stop_before_the_first_tick_moves_nothing_far():
-    run = session(seconds=30.0)
+def test_stop_before_the_first_tick_moves_nothing_far(log_folder: Path):
+    run = session(log_folder, seconds=30.0)
     run.stop.set()
     run.run()
     assert run.loop.status.ticks <= 40  # 0.2 s, on a busy machine
-    assert (np.diff(run.ticks.arrays()["goal_rad"], axis=0) == 0).all()
+    assert (np.diff(log_of(run).records("/tick")["goal_rad"], axis=0) == 0).all()
 
 
 def test_the_modules_of_a_process_are_told():

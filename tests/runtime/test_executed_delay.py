@@ -15,10 +15,11 @@ from onbeat.drivers.interfaces import Frame
 from onbeat.drivers.twin.client import start_twin
 from onbeat.drivers.twin.records import read_goals
 from onbeat.runtime.chunker import Chunker
+from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.policy import PolicyOutput, StageTimes
-from onbeat.runtime.record import ChunkLog, TickLog
+from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import Robot, build_robot, load_robot
 from onbeat.runtime.run_records import RunRecords, read_chunks, read_ticks
 from onbeat.runtime.scheduler import Scheduler
@@ -66,13 +67,13 @@ def test_the_delay_in_the_report_is_the_one_that_the_twin_saw(tmp_path: Path) ->
     twin = load_robot("so101-twin")
     robot = build_robot(replace(twin.config, blend_steps=0))
     compile_ahead(robot.limits)
-    policy, ticks, chunks = SlowPolicy(robot), TickLog(3000, JOINTS), ChunkLog(200, ROWS, JOINTS)
+    policy, ticks, told = SlowPolicy(robot), TickLog(), list[Inference]()
     state, history = new_tick_state(robot.limits, rate_hz=100, rows=ROWS), StateHistory(JOINTS)
     chunker = Chunker(policy, robot, state.timeline)  # pyright: ignore[reportArgumentType]
     joints = load_joints(FACTORY, robot.joints)
-    with start_twin(tmp_path, seed=1, has_cameras=False) as told, FeetechBus(told.port, joints) as bus:
+    with start_twin(tmp_path, seed=1, has_cameras=False) as twin_bus, FeetechBus(twin_bus.port, joints) as bus:
         loop = ControlLoop(state, bus, history=history)
-        scheduler = Scheduler(chunker, cameras=[LiveCamera()], history=history, log=chunks, instruction="sway")
+        scheduler = Scheduler(chunker, cameras=[LiveCamera()], history=history, log=told.append, instruction="sway")
         bus.enable(True)
         loop.read_first()
         policy.start = state.measured_q.copy()
@@ -90,9 +91,9 @@ def test_the_delay_in_the_report_is_the_one_that_the_twin_saw(tmp_path: Path) ->
         header={},
         joints=robot.joints,
         policy_period_ns=robot.policy_period_ns,
-        ticks=read_ticks(ticks.arrays()),
+        ticks=read_ticks(ticks.records()),
         missed_ticks=0,
-        chunks=read_chunks(chunks.arrays()),
+        chunks=read_chunks(inference.chunk for inference in told),
         faults={},
         truth=None,
         pictures={},

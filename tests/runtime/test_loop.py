@@ -50,7 +50,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.bus = ShakyBus()
-        self.log = TickLog(10_000, len(JOINTS))
+        self.log = TickLog()
         self.history = StateHistory(len(JOINTS))
         self.state = new_tick_state(LIMITS, rate_hz=RATE_HZ, rows=16)
         self.loop = ControlLoop(self.state, self.bus, history=self.history)
@@ -80,7 +80,7 @@ class Rig:
         self.log.take(self.loop.records)
         if raised:
             raise raised[0]
-        return self.log.arrays()
+        return self.log.records()
 
 
 class TestFaults:
@@ -127,7 +127,7 @@ class TestFaults:
             rig.run(30.0)
         rig.log.take(rig.loop.records)
         assert rig.bus.goals == []
-        assert (rig.log.arrays()["flags"] & REFUSED).all()
+        assert (rig.log.records()["flags"] & REFUSED).all()
 
 
 def hide_position(into: JointState) -> None:

@@ -6,18 +6,21 @@ from onbeat.runtime.measures import Latency, histogram, summarise_ns, text_table
 
 
 def test_no_samples_have_no_figures():
-    assert summarise_ns([]) == Latency(0, None, None, None, None)
+    assert summarise_ns([]) == Latency(0, None, None, None, None, None)
 
 
-def test_one_sample_is_every_percentile():
-    assert summarise_ns([2_500_000]) == Latency(1, 2.5, 2.5, 2.5, 2.5)
+def test_one_sample_has_no_percentile_but_the_middle():
+    assert summarise_ns([2_500_000]) == Latency(1, 2.5, None, None, None, 2.5)
 
 
-@pytest.mark.parametrize("n", [2, 3, 99, 100, 1001])
-def test_percentiles_are_those_of_numpy(n):
+@pytest.mark.parametrize("n", [2, 20, 21, 100, 101, 1000, 1001])
+def test_percentiles_are_those_of_numpy_where_the_samples_tell_them(n):
     samples = np.random.default_rng(n).integers(0, 10**8, n)
-    row = summarise_ns(samples)
-    assert (row.p50_ms, row.p95_ms, row.p99_ms) == pytest.approx(np.percentile(samples / 1e6, [50, 95, 99]))
+    row, expected = summarise_ns(samples), np.percentile(samples / 1e6, [50, 95, 99, 99.9])
+    for figure, percentile, least in zip(
+        (row.p50_ms, row.p95_ms, row.p99_ms, row.p99_9_ms), expected, (1, 21, 101, 1001), strict=True
+    ):
+        assert figure == (pytest.approx(percentile) if n >= least else None)
     assert (row.n, row.max_ms) == (n, samples.max() / 1e6)
 
 

@@ -1,4 +1,4 @@
-"""Ticks on their way out of the loop: a full ring, a full log, wrap-around, and a thread that drains meanwhile."""
+"""Ticks on their way out of the loop: a full ring, wrap-around, and a thread that drains meanwhile."""
 
 import threading
 
@@ -24,35 +24,27 @@ def put(ring: TickRing, state: TickState, k: int) -> None:
 
 
 def test_what_does_not_fit_into_the_ring_is_counted_and_the_oldest_are_kept(state: TickState):
-    ring, log = new_tick_ring(2, 4), TickLog(10, 2)
+    ring, log = new_tick_ring(2, 4), TickLog()
     for k in range(7):
         put(ring, state, k)
     assert ring.dropped[0] == 3
     assert log.take(ring) == 4
-    assert log.arrays()["due_ns"].tolist() == [0, 1, 2, 3]
-
-
-def test_what_does_not_fit_into_the_log_is_counted_and_makes_room_in_the_ring(state: TickState):
-    ring, log = new_tick_ring(2, 4), TickLog(5, 2)
-    for k in range(8):
-        put(ring, state, k)
-        log.take(ring)
-    assert (log.count, log.dropped, int(ring.dropped[0])) == (5, 3, 0)
+    assert log.records()["due_ns"].tolist() == [0, 1, 2, 3]
 
 
 def test_an_empty_ring_gives_nothing():
-    ring, log = new_tick_ring(2, 4), TickLog(5, 2)
+    ring, log = new_tick_ring(2, 4), TickLog()
     assert log.take(ring) == 0
-    assert all(len(values) == 0 for values in log.arrays().values())
+    assert len(log.records()) == 0
 
 
 def test_every_field_arrives_in_its_place_and_in_order(state: TickState):
-    ring, log = new_tick_ring(2, 4), TickLog(20, 2)
+    ring, log = new_tick_ring(2, 4), TickLog()
     for k in range(9):
         put(ring, state, k)
         if k % 3 == 2:
             log.take(ring)
-    ticks = log.arrays()
+    ticks = log.records()
     order = np.arange(9)
     for offset, name in enumerate(("due_ns", "start_ns", "compute_ns", "exchange_ns", "tell_ns")):
         assert (ticks[name] == order + offset).all(), name
@@ -61,15 +53,35 @@ def test_every_field_arrives_in_its_place_and_in_order(state: TickState):
     assert (ticks["goal_rad"] == order[:, None]).all()
 
 
+def test_what_the_tick_saw_arrives_with_it(state: TickState):
+    ring, log = new_tick_ring(2, 4), TickLog()
+    inputs = state.safety.inputs
+    inputs.bus_fault[0], inputs.retries[0] = 3, 4
+    seen = {
+        "position_rad": state.measured_q,
+        "velocity_rad_s": state.measured_dq,
+        "load": state.measured_load,
+        "temperature_c": inputs.temperature_c,
+        "servo_status": inputs.servo_status,
+    }
+    for k, values in enumerate(seen.values()):
+        values[:] = [10 + k, 20 + k]
+    put(ring, state, 0)
+    log.take(ring)
+    ticks = log.records()
+    assert (ticks["bus_fault"], ticks["retries"]) == (3, 4)
+    assert {name: ticks[name][0].tolist() for name in seen} == {n: [10 + k, 20 + k] for k, n in enumerate(seen)}
+
+
 def test_a_thread_that_drains_meanwhile_gets_every_tick_once(state: TickState):
-    ring, log, count = new_tick_ring(2, 64), TickLog(200_000, 2), 100_000
+    ring, log, count = new_tick_ring(2, 64), TickLog(), 100_000
     writer = threading.Thread(target=put_many, args=(ring, state, count))
     writer.start()
     while writer.is_alive():
         log.take(ring)
     writer.join()
     log.take(ring)
-    ticks = log.arrays()
+    ticks = log.records()
     assert len(ticks["due_ns"]) + int(ring.dropped[0]) == count
     assert (np.diff(ticks["due_ns"]) > 0).all()
     assert (ticks["goal_rad"] == ticks["due_ns"][:, None]).all()

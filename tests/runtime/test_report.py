@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from html import unescape
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,13 @@ import pytest
 from onbeat.drivers.feetech.protocol import OK
 from onbeat.drivers.twin.records import Recorder, TruthLine
 from onbeat.kernels.limit import ACCELERATION, HELD, VELOCITY
-from onbeat.runtime import page, record, report
+from onbeat.runtime import report, report_page
+from onbeat.runtime.flight.encoding import encode_frame, encode_rows
+from onbeat.runtime.flight.messages import CHUNK_STAGES, FORMAT, LETTERS
+from onbeat.runtime.flight.reader import LOG_FOLDER, NoLog
+from onbeat.runtime.flight.writer import LogWriter
 from onbeat.runtime.measures import summarise_ns
-from onbeat.runtime.record import ChunkLog, TickLog, append_tick, new_tick_ring
+from onbeat.runtime.record import append_tick, new_tick_ring, take_ticks
 from onbeat.runtime.run_records import Attempt, ChunkRecord, RunRecords, Ticks, Truth
 from onbeat.runtime.summary import FIELDS, STAGES, as_text, missed_goals, stage_samples, summarise
 from onbeat.runtime.tick import JointLimits, new_tick_state
@@ -29,6 +35,8 @@ HEADER = {
     "versions": {"python": "3.11.2"},
     "git_commit": None,
     "bundle_sha256": "ab" * 32,
+    "calibration_sha256": None,
+    "log_problems": [],
     "real_time": {"SCHED_FIFO": "got"},
     "error": None,
     "instruction": "lift <the> cube & hold",
@@ -54,7 +62,18 @@ def small_run(ticks: int = 400) -> RunRecords:
         header=HEADER,
         joints=("shoulder_pan", "gripper"),
         policy_period_ns=PERIOD_NS,
-        ticks=Ticks(due, start, rng.integers(MS, 2 * MS, ticks), goal, goal + 0.01, chunk_id, row, flags),
+        ticks=Ticks(
+            due_ns=due,
+            start_ns=start,
+            compute_ns=np.full(ticks, 10_000),
+            exchange_ns=rng.integers(MS, 2 * MS, ticks),
+            goal_rad=goal,
+            position_rad=goal + 0.01,
+            chunk_id=chunk_id,
+            row=row,
+            flags=flags,
+            faults=np.zeros(ticks, np.int64),
+        ),
         missed_ticks=3,
         chunks=chunks,
         faults={"no_reply": 2},
@@ -87,7 +106,7 @@ def test_a_run_without_a_single_tick_has_a_report():
     assert figures["rate_hz"] is None
     assert figures["stages"]["flow"]["p50_ms"] is None
     assert (figures["attempts"], figures["success_rate"], figures["missed_ticks_wire"]) == (0, None, None)
-    assert "Every figure" in page.render(figures, bare)
+    assert "Every figure" in report_page.render(figures, bare)
     assert "bus exchange" in as_text(figures)
 
 
@@ -113,7 +132,7 @@ def test_figures_are_those_of_the_records():
     assert figures["delay_used"] == {"2": 18}
     assert figures["delay_executed"] == {"2": 17, "3": 1}
     assert figures["delay_exceeded"] == 1
-    assert figures["inference"]["p50_ms"] == pytest.approx(49)
+    assert figures["stages"]["inference"]["p50_ms"] == pytest.approx(49)
     assert figures["reaction"]["max_ms"] == pytest.approx(78)
     assert (figures["attempts"], figures["successes"]) == (2, 1)
     assert figures["success_interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
@@ -153,7 +172,7 @@ def test_text_table_has_every_stage_and_headline():
 
 def test_page_shows_every_field_stage_joint_and_view():
     run = small_run()
-    html = unescape(page.render(summarise(run), run))
+    html = unescape(report_page.render(summarise(run), run))
     for field in FIELDS:
         assert field.name == "stages" or f"<td>{field.name}</td>" in html or f"{field.name}:" in html, field
     for stage in STAGES.values():
@@ -163,13 +182,13 @@ def test_page_shows_every_field_stage_joint_and_view():
 
 
 def test_page_asks_nothing_of_any_other_place():
-    html = page.render(summarise(small_run()), small_run())
+    html = report_page.render(summarise(small_run()), small_run())
     assert not re.search(r"https?://|//[a-z]|@import|<script|<link|url\(", html.replace("</", "<"))
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', html))
 
 
 def test_page_escapes_what_comes_from_outside():
-    html = page.render(summarise(small_run()), small_run())
+    html = report_page.render(summarise(small_run()), small_run())
     assert "lift &lt;the&gt; cube &amp; hold" in html
     assert "alert(1)" in html
     assert "<script" not in html
@@ -177,20 +196,44 @@ def test_page_escapes_what_comes_from_outside():
 
 def test_page_says_why_a_run_ended_early():
     run = replace(small_run(), header={**HEADER, "error": "servo 3 did not reply"})
-    assert "ended early: servo 3 did not reply" in page.render(summarise(run), run)
+    assert "ended early: servo 3 did not reply" in report_page.render(summarise(run), run)
 
 
 def test_timeline_shows_executed_and_locked_rows_of_the_middle():
     run = small_run()
-    html = page.render(summarise(run), run)
-    assert "chunk 9, row 1: executed" in html
+    html = report_page.render(summarise(run), run)
+    assert "chunk 9, row 1: executed, 100 ms old" in html
     assert "chunk 9, row 0: locked" in html
     assert "chunk 9, row 7: not executed" in html
     assert "chunk 0, row 1" not in html
 
 
+LOG_HEADER = {
+    "format": FORMAT,
+    "started": "2026-11-24T12:00:00+0000",
+    "started_ns": ZERO_NS,
+    "config": {"instruction": "lift", "robot": {"name": "so101-twin"}},
+    "joints": ["shoulder_pan"],
+    "cameras": ["top"],
+    "sizes": {**dict.fromkeys(LETTERS, 0), "J": 1, "V": 1, "C": 2},
+    "mode": "async",
+    "policy_period_ns": PERIOD_NS,
+    "rate_hz": 100.0,
+    "versions": {},
+    "git_commit": None,
+    "bundle_sha256": None,
+    "calibration_sha256": None,
+}
+OUTCOME = {
+    "status": {"missed": 7},
+    "bus": {"ok": 900, "bad_checksum": 1, "no_reply": 0},
+    "real_time": {},
+    "error": None,
+}
+
+
 def test_a_folder_without_records_is_refused(tmp_path):
-    with pytest.raises(report.NoRecords, match="give the folder"):
+    with pytest.raises(NoLog, match="give the folder"):
         report.write_report(tmp_path)
 
 
@@ -207,34 +250,35 @@ def test_reports_are_written_from_the_files_of_a_run(tmp_path, capsys):
     assert "<svg" in (tmp_path / report.PAGE_FILE).read_text()
 
 
-def write_records(folder) -> None:
+def test_a_log_that_was_cut_short_has_a_report_that_says_so(tmp_path):
+    write_records(tmp_path, outcome=None)
+    figures = report.write_report(tmp_path)
+    assert "without an outcome" in figures["error"]
+    assert "cut short" in figures["log_problems"][0]
+    assert (figures["ticks"], figures["missed_ticks"]) == (3, 0)
+
+
+def write_records(folder, outcome: Mapping[str, Any] | None = OUTCOME) -> None:
     """Three ticks, one chunk, two attempts, three goals with a gap: through the writers of the daemon and the twin."""
     limits = JointLimits(*(np.array([bound]) for bound in (-1.0, 1.0, 3.0, 20.0, np.inf)))
-    state, ticks = new_tick_state(limits, rate_hz=100.0, rows=2), TickLog(5, 1)
+    state = new_tick_state(limits, rate_hz=100.0, rows=2)
     state.measured_q[:] = state.command_q[:] = 0.1
     ring = new_tick_ring(1)
     for k in range(3):
         due_ns = ZERO_NS + k * 10 * MS
+        state.record["number"] = k
         append_tick(ring, state, due_ns, due_ns + 5000, 10_000, MS, 10_000, OK)
-    assert ticks.take(ring) == 3
-    chunks = ChunkLog(3, 2, 1)
-    stages = {f"{stage}_ns": 5 * MS for stage in record.STAGES}
-    entry = {"chunk_id": 0, "published_ns": ZERO_NS + 9 * MS, "budget": 1, "delay": 0, "first_row": 1}
-    times = dict.fromkeys(("observed_ns", "t0_ns", "started_ns"), ZERO_NS)
-    chunks.append(np.zeros((2, 1)), {**entry, **times, **stages})
-    run = {
-        "started": "2026-11-24T12:00:00+0000",
-        "config": {"bundle": str(folder / "gone"), "instruction": "lift"},
-        "joints": ["shoulder_pan"],
-        "policy_period_ns": PERIOD_NS,
-        "robot": {"name": "so101-twin", "loop_rate_hz": 100.0},
-        "status": {"missed": 7},
-        "bus": {"ok": 900, "bad_checksum": 1, "no_reply": 0},
-        "real_time": {},
-        "mode": "async",
-        "error": None,
-    }
-    record.save(folder, ticks=ticks, chunks=chunks, run=run)
+    with LogWriter(folder / LOG_FOLDER, LOG_HEADER) as log:
+        for message in encode_rows(take_ticks(ring)):
+            log.write("/tick", message, ZERO_NS)
+        stages = {f"{stage}_ns": 5 * MS for stage in CHUNK_STAGES}
+        entry = {"chunk_id": 0, "published_ns": ZERO_NS + 9 * MS, "budget": 1, "delay": 0, "first_row": 1, "rows": 2}
+        times = dict.fromkeys(("observed_ns", "t0_ns", "started_ns", "inferred_ns", "met_ns"), ZERO_NS)
+        rest = {"number": 0, "executed": 1, "targets_rad": np.zeros((2, 1))}
+        log.write_values("/chunk", {**entry, **times, **stages, **rest}, ZERO_NS)
+        log.write("/camera/top", encode_frame(np.zeros((4, 4, 3), np.uint8), ZERO_NS, "top"), ZERO_NS)
+        if outcome is not None:
+            log.write_values("/outcome", outcome, ZERO_NS)
     twin = Recorder(folder / report.TWIN_FOLDER)
     events = ("attempt_started", "lifted", "attempt_started", "timed_out", "attempt_started")
     for k, event in enumerate(events):

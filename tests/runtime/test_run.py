@@ -22,8 +22,8 @@ from onbeat.drivers.twin.client import start_twin
 from onbeat.drivers.twin.frames import SHARED_MEMORY, FrameWriter
 from onbeat.drivers.twin.inject import UNPLUGGED, Injection, inject
 from onbeat.drivers.twin.records import read_goals, read_torque
-from onbeat.runtime import record
 from onbeat.runtime.daemon import DaemonConfig
+from onbeat.runtime.flight.reader import read_log
 from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.realtime import prepare_real_time
@@ -221,7 +221,7 @@ class TestScripted:
         joints = load_joints(FACTORY, robot.joints)
         with start_twin(tmp_path, seed=1, has_cameras=False) as twin, FeetechBus(twin.port, joints) as bus:
             state = new_tick_state(robot.limits, rate_hz=RATE_HZ, rows=16)
-            log = TickLog(1000, 6)
+            log = TickLog()
             loop = ControlLoop(state, bus, history=StateHistory(6))
             compile_ahead(robot.limits)
             bus.enable(True)
@@ -245,7 +245,7 @@ class TestScripted:
             loop.stop()
             thread.join()
         log.take(loop.records)
-        ticks = log.arrays()
+        ticks = log.records()
         goals = ticks["goal_rad"]
         speed = np.diff(goals, axis=0) * RATE_HZ
         assert len(goals) > 500
@@ -265,22 +265,33 @@ class TestScripted:
 @pytest.mark.usefixtures("nothing_left")
 class TestRun:
     def test_drives_reports_and_keeps_to_its_half(self, bundle: Path, tmp_path: Path):
-        run = start_run(bundle, tmp_path, "--seconds", "4", "--json")
+        seen = tmp_path.with_suffix(".rrd")
+        run = start_run(bundle, tmp_path, "--seconds", "4", "--json", "--view", str(seen))
         out, err = run.communicate(timeout=90)
         assert run.returncode == 0, err
         printed, folder = json.loads(out), run_folder(tmp_path)
         assert printed == json.loads((folder / "report.json").read_text())
         assert (folder / "report.html").stat().st_size > 10_000
-        ticks, chunks, told = record.load(folder)
-        assert told["error"] is None
-        assert 780 <= len(ticks["t_ns"]) + told["status"]["missed"] <= 860
-        assert len(chunks["t0_ns"]) >= 10
+        log = read_log(folder)
+        ticks, chunks, told = log.records("/tick"), log.records("/chunk"), log.outcome
+        assert log.problems == ()
+        assert told is not None
+        assert (told["error"], told["dropped"]) == (None, {})
+        assert 780 <= len(ticks) + told["status"]["missed"] <= 860
+        assert len(chunks) >= 10
         assert set(ticks["chunk_id"]) - {-1} <= set(chunks["chunk_id"])
-        assert {path.stem for path in (folder / "frames").iterdir()} == set(VIEWS)
+        assert set(chunks["observed_ns"]) == set(log.records("/observation")["t_ns"])
+        stamps = {view: [t_ns for t_ns, _ in log.frames(view)] for view in VIEWS}
+        assert all((np.diff(stamps[view]) > 0).all() for view in VIEWS)
+        captured = log.records("/observation")["captured_ns"].T
+        assert {view: set(t_ns) for view, t_ns in stamps.items()} == dict(
+            zip(log.cameras, map(set, captured), strict=True)
+        )
         assert len(read_goals(folder / "twin")) >= len(ticks["t_ns"])
+        assert seen.stat().st_size > 100_000, "the view saved what it was shown"
         modules = set(told["modules"])
         assert "onnxruntime" in modules
-        assert modules & {"mujoco", "torch", "onnx", "OpenGL", "transformers"} == set()
+        assert modules & {"mujoco", "rerun", "torch", "onnx", "OpenGL", "transformers"} == set()
         forbidden = ("onbeat.training", "onbeat.export", "onbeat.drivers.twin.world", "onbeat.drivers.twin.referee")
         assert [name for name in modules if name.startswith(forbidden)] == []
 
@@ -316,7 +327,9 @@ class TestRun:
         assert run.returncode == 1
         assert "plug the adapter in again" in err
         assert not any(read_torque(twin)[-1].holds)
-        assert record.load(twin.parent)[2]["faults"]["PORT_LOST"] == 1
+        outcome = read_log(twin.parent).outcome
+        assert outcome is not None
+        assert outcome["faults"]["PORT_LOST"] == 1
 
     def test_sigterm_ends_as_the_robot_file_says(self, bundle: Path, tmp_path: Path, relaxing: Path):
         run = start_run(bundle, tmp_path / "out", "--seconds", "60", "--robot-file", str(relaxing))

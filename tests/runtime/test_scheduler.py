@@ -13,9 +13,9 @@ from onbeat.embodiment.kinds import to_absolute
 from onbeat.runtime.chunker import Chunker
 from onbeat.runtime.delay import DelayTooLong
 from onbeat.runtime.faults import Fault
+from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.policy import PolicyOutput, StageTimes
-from onbeat.runtime.record import ChunkLog
 from onbeat.runtime.robots import Robot, build_robot, load_robot
 from onbeat.runtime.scheduler import Blind, NoFrames, Scheduler, observe
 from onbeat.runtime.tick import new_tick_state
@@ -84,7 +84,7 @@ class Rig:
         self.policy.on_infer = self.pass_time
         self.cameras = [ScriptedCamera("top"), ScriptedCamera("wrist")]
         self.history = StateHistory(JOINTS)
-        self.log = ChunkLog(10, ROWS, JOINTS)
+        self.told: list[Inference] = []
         state = new_tick_state(self.robot.limits, rate_hz=100, rows=ROWS)
         self.timeline, self.safety = state.timeline, state.safety
         self.stop = threading.Event()
@@ -98,7 +98,7 @@ class Rig:
             self.chunker,
             cameras=self.cameras,
             history=self.history,
-            log=self.log,
+            log=self.told.append,
             instruction="lift",
             safety=self.safety,
             clock=lambda: self.now_ns,
@@ -122,8 +122,8 @@ class Rig:
             self.scheduler._infer(observation, self.now_ns, self.stop)
         return len(self.policy.asked) > before
 
-    def chunks(self) -> dict[str, list[int]]:
-        return {name: values.tolist() for name, values in self.log.arrays().items() if name != "targets"}
+    def chunks(self, field: str) -> list[int]:
+        return [inference.chunk[field] for inference in self.told]
 
     def reported(self) -> dict[str, int]:
         """Events of the fault table that the thread has reported."""
@@ -183,7 +183,7 @@ class TestWhen:
         rig = Rig(execute_steps=4)
         rig.see()
         assert rig.infer_once()
-        due_ns = rig.chunks()["t0_ns"][0] + 4 * PERIOD_NS - PERIOD_NS // 2
+        due_ns = rig.chunks("t0_ns")[0] + 4 * PERIOD_NS - PERIOD_NS // 2
         rig.now_ns = due_ns - 1
         rig.see()
         assert not rig.infer_once()
@@ -215,7 +215,7 @@ class TestPublish:
         rig.see()
         assert rig.infer_once()
         assert rig.scheduler.status.late == 1
-        assert rig.chunks()["chunk_id"] == [-1]
+        assert rig.chunks("chunk_id") == [-1]
         assert refusals(rig.timeline)["expired"] == 1
         assert rig.reported() == {"CHUNK_EXPIRED": 1}
         assert np.isnan(rig.target_at(rig.now_ns))
@@ -232,7 +232,7 @@ class TestPublish:
         rig.see(rig.now_ns - 30 * MS)
         started_ns = rig.now_ns
         rig.infer_once()
-        chunk = {name: values[0] for name, values in rig.log.arrays().items()}
+        chunk = rig.told[0].chunk
         assert chunk["camera_age_ns"] == 30 * MS
         assert (chunk["started_ns"], chunk["published_ns"]) == (started_ns, started_ns + 60 * MS)
         stages = sum(chunk[f"{name}_ns"] for name in ("observe", "prefix", "flow", "publish"))
@@ -265,7 +265,7 @@ class TestLocked:
             rig.infer_once()
             rig.now_ns += PERIOD_NS
         assert [asked["delay"] for asked in rig.policy.asked] == [0, 2, 2]
-        assert rig.chunks()["budget"] == [1, 5, 5]
+        assert rig.chunks("budget") == [1, 5, 5]
         assert "d = 5 policy steps is more than the 2 rows" in rig.scheduler.status.warning
 
     def test_the_seam_lies_behind_it(self):
@@ -349,7 +349,7 @@ class TestOtherModes:
         assert not rig.infer_once(), "the newest frame shows it moving"
         rig.see()
         assert rig.infer_once()
-        assert rig.chunks()["first_row"] == [0, 0]
+        assert rig.chunks("first_row") == [0, 0]
         assert rig.scheduler.status.warning == ""
 
 
@@ -409,7 +409,7 @@ class TestDelay:
         rig.see()
         rig.infer_once()
         assert list(rig.chunker.budget.counted) == [4]
-        assert rig.chunks()["first_row"] == [4], "and the chunk joins where the loop is"
+        assert rig.chunks("first_row") == [4], "and the chunk joins where the loop is"
 
 
 class TestFaults:
@@ -437,7 +437,7 @@ class TestFaults:
             rig.now_ns += PERIOD_NS
             rig.see()
             rig.infer_once()
-        assert rig.chunks()["budget"] == [1, 2, 2]
+        assert rig.chunks("budget") == [1, 2, 2]
         assert rig.reported()["CHUNK_LATE"] == 1
 
     def test_of_two_at_once_the_second_has_the_last_word_and_it_is_told(self):

@@ -112,6 +112,23 @@ class TestLevels:
         assert record["level"] == Level.SLOW
         assert record["faults"] == 1 << Fault.CAMERA_CLOCK
 
+    def test_the_record_tells_what_the_tick_saw(self):
+        drive = Drive()
+        drive.chunk(HOME)
+        drive.run(1)
+        safety = drive.state.safety
+        report(safety, Fault.INSTRUCTION_CHANGED)
+        set_condition(safety, Fault.CAMERA_BLANK, True)
+        safety.inputs.frame_ns[0] = 5
+        drive.run(1)
+        seen = drive.state.record[0].copy()
+        set_condition(safety, Fault.CAMERA_BLANK, False)
+        drive.run(1)
+        bits = [Fault.INSTRUCTION_CHANGED, Fault.CAMERA_BLANK, Fault.CAMERA_STALE]
+        assert (seen["number"], seen["in_sight"], seen["frame_ns"]) == (1, 1, 5)
+        assert seen["seen"] == sum(1 << fault for fault in bits)
+        assert drive.state.record[0]["seen"] == 1 << Fault.CAMERA_STALE
+
     def test_no_row_due_is_no_fault_before_the_first_chunk(self):
         drive = Drive()
         drive.run(5)

@@ -19,9 +19,11 @@ from onbeat.runtime.timeline import (
     REFUSALS,
     STALE,
     Timeline,
+    chunks_in_sight,
     close,
     commit_chunk,
     committed_target,
+    committed_target_of,
     find_slot,
     is_pending,
     new_timeline,
@@ -66,6 +68,24 @@ class TestBadInput:
 
     def test_an_empty_slot_is_minus_one_as_recorded_ticks_say_it(self, timeline: Timeline):
         assert committed_target(timeline, 0, np.zeros(1))[0] == EMPTY == -1
+
+    def test_who_knows_of_fewer_chunks_sees_the_older_one(self, timeline: Timeline):
+        for k in range(3):
+            put(timeline, float(k), t0_ns=k * PERIOD_NS, now_ns=k * PERIOD_NS)
+        seen = [committed_target_of(timeline, count, 5 * PERIOD_NS, np.zeros(1))[0] for count in range(4)]
+        assert seen == [EMPTY, 0, 1, 2]
+
+    def test_no_chunk_is_in_sight_once_they_are_withdrawn(self, timeline: Timeline):
+        put(timeline, 1.0, t0_ns=0, now_ns=0)
+        before = chunks_in_sight(timeline)
+        close(timeline)
+        assert (before, chunks_in_sight(timeline)) == (1, 0)
+
+    def test_a_chunk_remembers_how_far_the_ticks_were_also_when_it_is_refused(self, timeline: Timeline):
+        timeline.progress_ns[0] = 7
+        put(timeline, np.nan, t0_ns=0, now_ns=0)
+        timeline.progress_ns[0] = 9
+        assert timeline.met_ns[0] == 7
 
     def test_two_slots_are_enough_for_one_chunk_after_the_other(self):
         timeline = new_timeline(16, 1, slots=2)
