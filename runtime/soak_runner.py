@@ -69,7 +69,11 @@ class Worker:
         assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.close()
-        self.process.wait(LEG_END_S)
+        try:
+            self.process.wait(LEG_END_S)
+        except subprocess.TimeoutExpired:  # a spare that is still compiling
+            self.process.kill()
+            self.process.wait()
 
     def _follow(self) -> None:
         """Until nobody is there any more who could say something."""

@@ -1,10 +1,13 @@
 """A session on fake devices: whatever fails, the arm is brought to rest first and the reason comes out."""
 
 import gc
+import shutil
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +21,19 @@ from onbeat.drivers.interfaces import Frame
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.daemon import Session, loaded_modules
 from onbeat.runtime.faults import Level
+from onbeat.runtime.loop import compile_ahead
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, build_robot, load_robot
 from onbeat.runtime.safety import onsets
 
 ROWS, JOINTS = 16, 6
 RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """Before any clock of a test runs."""
+    compile_ahead(load_robot("so101-twin").limits)
 
 
 class LiveCamera:
@@ -124,6 +134,40 @@ def test_a_disk_that_fills_up_ends_the_run_by_name(tmp_path: Path):
     filling.start()
     with pytest.raises(OnbeatError, match="DISK_FULL"):
         run.run()
+    assert_came_to_rest(run)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB of its own; for root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Until nothing goes in any more."""
+    with (folder / "other").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 1_000_000):
+            pass
+
+
+def test_a_disk_that_is_really_full_ends_the_run_by_name(small_disk: Path):
+    run = session(seconds=30.0)
+    run.run_dir = small_disk
+    filling = threading.Timer(1.0, fill, (small_disk,))
+    filling.start()
+    with pytest.raises(OnbeatError, match="DISK_FULL"):
+        run.run()
+    filling.join()
+    assert shutil.disk_usage(small_disk).free == 0
+    assert 0.5 <= run.status()["t_s"] <= 20
     assert_came_to_rest(run)
 
 

@@ -14,6 +14,7 @@ from onbeat.runtime.timeline import (
     CLOSED,
     EMPTY,
     EXPIRED,
+    NEVER,
     NOT_FINITE,
     OUTSIDE,
     REFUSALS,
@@ -66,6 +67,9 @@ class TestBadInput:
 
     def test_an_empty_slot_is_minus_one_as_recorded_ticks_say_it(self, timeline: Timeline):
         assert committed_target(timeline, 0, np.zeros(1))[0] == EMPTY == -1
+
+    def test_where_nothing_is_due_there_is_no_chunk_no_time_and_no_row(self, timeline: Timeline):
+        assert committed_target(timeline, 0, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
 
     def test_two_slots_are_enough_for_one_chunk_after_the_other(self):
         timeline = new_timeline(16, 1, slots=2)
@@ -268,6 +272,20 @@ class TestThreads:
         assert target_at(timeline, 3 * PERIOD_NS) == 1.0
         timeline.sequence[newest] += 1
         assert target_at(timeline, 3 * PERIOD_NS) == 2.0
+
+    @pytest.mark.parametrize("slot", [1, 2, 3], ids=["seam to come", "being written", "empty"])
+    def test_a_slot_that_was_rewritten_after_it_was_found_is_not_used(
+        self, timeline: Timeline, slot: int, monkeypatch: pytest.MonkeyPatch
+    ):
+        """As if the writer had come between the search and the look, which only plain Python can be made to show."""
+        look = getattr(committed_target, "py_func", committed_target)
+        for k in range(3):
+            put(timeline, float(k), t0_ns=k, now_ns=k)
+        assert look(timeline, 3 * PERIOD_NS, np.zeros(1))[0] == 2
+        timeline.sequence[2] += 1
+        monkeypatch.setitem(look.__globals__, "find_slot", lambda *_: slot)
+        at_ns = timeline.seam_ns[1] - 1 if slot == 1 else 3 * PERIOD_NS
+        assert look(timeline, at_ns, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
 
     def test_a_reader_does_not_wait_for_a_writer_it_may_have_interrupted(self, timeline: Timeline):
         put(timeline, 1.0, t0_ns=0, now_ns=0)
