@@ -70,6 +70,11 @@ class TestBadInput:
 
     def test_where_nothing_is_due_there_is_no_chunk_no_time_and_no_row(self, timeline: Timeline):
         assert committed_target(timeline, 0, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
+        assert find_slot(timeline, 10**9) == EMPTY
+
+    def test_words_that_are_shared_are_one_each(self, timeline: Timeline):
+        words = (timeline.newest_t0_ns, timeline.published, timeline.closed, timeline.progress_ns)
+        assert [word.shape for word in (*words, *timeline.sequence)] == [(1,)] * (4 + len(timeline.chunk_id))
 
     def test_two_slots_are_enough_for_one_chunk_after_the_other(self):
         timeline = new_timeline(16, 1, slots=2)
