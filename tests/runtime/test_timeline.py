@@ -249,6 +249,21 @@ def test_a_target_never_jumps_while_chunks_follow_each_other(seed: int, latencie
     assert np.nanmax(steps, initial=0.0) <= 2 / 100 + 1e-12
 
 
+@pytest.mark.parametrize("slot", [1, 2, 3], ids=["seam to come", "being written", "empty"])
+def test_a_slot_that_was_rewritten_after_it_was_found_is_not_used(
+    timeline: Timeline, slot: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As if the writer had come between the search and the look, which only plain Python can be made to show."""
+    look = getattr(committed_target, "py_func", committed_target)
+    for k in range(3):
+        put(timeline, float(k), t0_ns=k, now_ns=k)
+    assert look(timeline, 3 * PERIOD_NS, np.zeros(1))[0] == 2
+    timeline.sequence[2] += 1
+    monkeypatch.setitem(look.__globals__, "find_slot", lambda *_: slot)
+    at_ns = timeline.seam_ns[1] - 1 if slot == 1 else 3 * PERIOD_NS
+    assert look(timeline, at_ns, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
+
+
 class TestThreads:
     """A reader without the interpreter's lock beside a writer: what it gets is one whole chunk, the right one."""
 
@@ -277,20 +292,6 @@ class TestThreads:
         assert target_at(timeline, 3 * PERIOD_NS) == 1.0
         timeline.sequence[newest] += 1
         assert target_at(timeline, 3 * PERIOD_NS) == 2.0
-
-    @pytest.mark.parametrize("slot", [1, 2, 3], ids=["seam to come", "being written", "empty"])
-    def test_a_slot_that_was_rewritten_after_it_was_found_is_not_used(
-        self, timeline: Timeline, slot: int, monkeypatch: pytest.MonkeyPatch
-    ):
-        """As if the writer had come between the search and the look, which only plain Python can be made to show."""
-        look = getattr(committed_target, "py_func", committed_target)
-        for k in range(3):
-            put(timeline, float(k), t0_ns=k, now_ns=k)
-        assert look(timeline, 3 * PERIOD_NS, np.zeros(1))[0] == 2
-        timeline.sequence[2] += 1
-        monkeypatch.setitem(look.__globals__, "find_slot", lambda *_: slot)
-        at_ns = timeline.seam_ns[1] - 1 if slot == 1 else 3 * PERIOD_NS
-        assert look(timeline, at_ns, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
 
     def test_a_reader_does_not_wait_for_a_writer_it_may_have_interrupted(self, timeline: Timeline):
         put(timeline, 1.0, t0_ns=0, now_ns=0)
