@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -69,7 +70,11 @@ class Worker:
         assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.close()
-        self.process.wait(LEG_END_S)
+        try:
+            self.process.wait(LEG_END_S)
+        except subprocess.TimeoutExpired:  # a spare that is still compiling
+            self.process.kill()
+            self.process.wait()
 
     def _follow(self) -> None:
         """Until nobody is there any more who could say something."""
@@ -180,9 +185,12 @@ PROCESS_ACTS = {
 
 
 def memory_mb(pid: int) -> float:
-    """Of a process, resident; 0 when it is gone."""
+    """What a process has allocated, resident or swapped out; 0 when it is gone.
+
+    Pages of files are left out: the kernel takes them away and brings them back as it likes.
+    """
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0
-    return pages * os.sysconf("SC_PAGESIZE") / 2**20
+    return sum(int(kb) for kb in re.findall(r"^(?:RssAnon|VmSwap):\s*(\d+) kB", status, re.MULTILINE)) / 1024

@@ -80,6 +80,7 @@ OF_THE_MACHINE = (  # what a busy machine does without being asked, and the end
     Fault.CHUNK_EXPIRED,
     Fault.DELAY_OVER_BUDGET,
     Fault.CAMERA_STALE,
+    Fault.SERVO_BEHIND,  # of a twin that gets no processor
     Fault.BUS_RETRIES,
     Fault.BUS_SILENT,
     Fault.STOP_REQUESTED,

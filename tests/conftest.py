@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The soak comes last: it takes minutes, and nothing else should run beside it."""
+    items.sort(key=lambda item: item.get_closest_marker("soak") is not None)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of recorded cases."""

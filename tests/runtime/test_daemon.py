@@ -3,10 +3,13 @@
 import errno
 import gc
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from onbeat.runtime.faults import Level
 from onbeat.runtime.flight.header import make_header
 from onbeat.runtime.flight.reader import Log, read_log
 from onbeat.runtime.flight.recorder import Recorder
+from onbeat.runtime.loop import compile_ahead
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, build_robot, load_robot
 from onbeat.runtime.safety import onsets
@@ -31,6 +35,12 @@ ROWS, JOINTS = 16, 6
 SAMPLER = SamplerSpec(1, 1, "off", gate_lambda=0.0, gate_temperature=1.0, gate_directions=0)
 SPEC = PolicySpec(2, 8, 1, ROWS, 1, trained_delay=0, sampler=SAMPLER)
 RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """Before any clock of a test runs."""
+    compile_ahead(load_robot("so101-twin").limits)
 
 
 class LiveCamera:
@@ -166,6 +176,39 @@ def test_a_disk_that_takes_nothing_any_more_ends_the_run_by_name(log_folder: Pat
 
 def no_space(_: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB of its own; for root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Until nothing goes in any more."""
+    with (folder / "other").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 1_000_000):
+            pass
+
+
+def test_a_disk_that_is_really_full_ends_the_run_by_name(small_disk: Path):
+    run = session(small_disk, seconds=30.0)
+    filling = threading.Timer(1.0, fill, (small_disk,))
+    filling.start()
+    with pytest.raises(OnbeatError, match="DISK_FULL"):
+        run.run()
+    filling.join()
+    assert shutil.disk_usage(small_disk).free == 0
+    assert 0.5 <= run.status()["t_s"] <= 20
+    assert_came_to_rest(run)
 
 
 def test_an_arm_relaxes_at_the_end_where_its_file_says_so(log_folder: Path):

@@ -1,11 +1,14 @@
 """The guardian against a runtime that dies, hangs, ends well, or only sleeps; and on the twin, which judges it."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +85,9 @@ def test_it_is_small():
 
 
 VICTIM = """
-import os, sys, time, json, numpy as np
+import os, signal, sys, time, json, numpy as np
+
+signal.signal(signal.SIGUSR1, lambda *_: b"x" * 1_000_000_000)
 from onbeat.calibration.joints import FACTORY, load_joints
 from onbeat.drivers.feetech.device import FeetechBus
 from onbeat.runtime.guard import Guard
@@ -106,10 +111,12 @@ with Guard(robot, bus) as guard:
 class Victim:
     """A process that moves the twin's arm under a guardian."""
 
-    def __init__(self, twin: RunningTwin, on_exit: str, ticks: int = 100_000) -> None:
+    def __init__(self, twin: RunningTwin, on_exit: str, ticks: int = 100_000, beats: int = 40) -> None:
         from onbeat.runtime.robots import as_json, load_robot
 
-        config = replace(load_robot("so101-twin").config, port=twin.port, on_exit=on_exit, loop_rate_hz=100.0)
+        config = replace(
+            load_robot("so101-twin").config, port=twin.port, on_exit=on_exit, loop_rate_hz=100.0, missed_beats=beats
+        )
         command = [sys.executable, "-c", VICTIM, json.dumps(as_json(config)), str(ticks)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
@@ -130,6 +137,42 @@ def twin(tmp_path: Path) -> Iterator[RunningTwin]:
         yield running
 
 
+class MemoryGroup:
+    """A control group, of version 1 or 2, whose processes may use so much memory; for root where there are any."""
+
+    MEMORY_MB = 50  # beside what they had before
+
+    def __init__(self) -> None:
+        old, name = Path("/sys/fs/cgroup/memory"), f"onbeat-test-{os.getpid()}"
+        self.folder = (old if old.is_dir() else Path("/sys/fs/cgroup")) / name
+        self.limit, self.events = "memory.max", "memory.events"
+        if old.is_dir():
+            self.limit, self.events = "memory.limit_in_bytes", "memory.oom_control"
+
+    def __enter__(self) -> "MemoryGroup":
+        try:
+            self.folder.mkdir()
+            (self.folder / self.limit).write_text(str(self.MEMORY_MB * 2**20))
+        except OSError as error:
+            self.__exit__()
+            pytest.skip(f"no control groups of memory here ({error})")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def take(self, *pids: int) -> None:
+        for pid in pids:
+            (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def kills(self) -> int:
+        """How many processes the kernel has killed for memory."""
+        found = re.search(r"oom_kill (\d+)", (self.folder / self.events).read_text())
+        assert found is not None, "an older kernel does not count them"
+        return int(found[1])
+
+
 def let_go(twin: RunningTwin, since_ns: int) -> bool:
     return any(line.t_ns > since_ns and not any(line.holds) for line in read_torque(twin.run_dir))
 
@@ -146,6 +189,18 @@ class TestOnTheTwin:
         assert let_go(twin, since_ns)
         first = next(line.t_ns for line in read_torque(twin.run_dir) if line.t_ns > since_ns)
         assert 0.38e9 <= first - since_ns <= 2e9, "40 beats of 10 ms, and not much more"
+
+    def test_the_kernel_kills_the_runtime_for_its_memory(self, twin: RunningTwin):
+        """Before the guardian would call it hung, which a process that fills its memory may look like for a while."""
+        victim, since_ns = Victim(twin, "relax", beats=300), time.monotonic_ns()
+        with MemoryGroup() as group:
+            group.take(victim.process.pid)
+            victim.process.send_signal(signal.SIGUSR1)
+            (event,) = victim.rest()
+            assert victim.process.returncode == -signal.SIGKILL
+            assert group.kills() == 1
+        assert (event["fault"], event["did"]) == ("RUNTIME_DEAD", "relax")
+        assert let_go(twin, since_ns)
 
     def test_a_parked_arm_went_there_slowly(self, twin: RunningTwin):
         victim, since_ns = Victim(twin, "park"), 0

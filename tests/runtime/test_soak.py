@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from onbeat.runtime.faults import Fault
 from onbeat.runtime.robots import as_json
 from onbeat.runtime.soak import Legs, check_long, main, soak_robot, wanted
 from onbeat.runtime.soak_report import memory_figures, problems
-from onbeat.runtime.soak_runner import SoakFailed, Told
+from onbeat.runtime.soak_runner import SoakFailed, Told, memory_mb
 from onbeat.runtime.soak_schedule import (
     ALONE,
     ENDINGS,
@@ -88,6 +89,12 @@ def test_each_figure_that_is_wrong_is_a_problem(part: str, value: dict, complain
     assert list(problems(good())) == []
     (problem,) = problems({**good(), part: value})
     assert complaint in problem
+
+
+def test_memory_of_a_process_is_what_it_allocated():
+    before_mb, kept = memory_mb(os.getpid()), b"x" * 40_000_000
+    assert memory_mb(os.getpid()) - before_mb == pytest.approx(len(kept) / 2**20, abs=8)
+    assert memory_mb(2**22 + 1) == 0.0, "there is no such process"
 
 
 def test_memory_is_compared_after_the_start():
@@ -166,7 +173,7 @@ class TestRepeats:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_one_minute(tmp_path: Path):
     """What must hold on any machine. What a busy one does to times, and fires by itself, is no defect."""
     main(["--minutes", "1", "--seed", "5", "--out", str(tmp_path)])

@@ -14,6 +14,7 @@ from onbeat.runtime.timeline import (
     CLOSED,
     EMPTY,
     EXPIRED,
+    NEVER,
     NOT_FINITE,
     OUTSIDE,
     REFUSALS,
@@ -86,6 +87,14 @@ class TestBadInput:
         put(timeline, np.nan, t0_ns=0, now_ns=0)
         timeline.progress_ns[0] = 9
         assert timeline.met_ns[0] == 7
+
+    def test_where_nothing_is_due_there_is_no_chunk_no_time_and_no_row(self, timeline: Timeline):
+        assert committed_target(timeline, 0, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
+        assert find_slot(timeline, 10**9) == EMPTY
+
+    def test_words_that_are_shared_are_one_each(self, timeline: Timeline):
+        words = (timeline.newest_t0_ns, timeline.published, timeline.closed, timeline.progress_ns)
+        assert [word.shape for word in (*words, *timeline.sequence)] == [(1,)] * (4 + len(timeline.chunk_id))
 
     def test_two_slots_are_enough_for_one_chunk_after_the_other(self):
         timeline = new_timeline(16, 1, slots=2)
@@ -258,6 +267,21 @@ def test_a_target_never_jumps_while_chunks_follow_each_other(seed: int, latencie
         put(timeline, rng.uniform(-1, 1, 16), t0_ns=t0_ns, now_ns=now_ns)
     steps = np.abs(np.diff(path))
     assert np.nanmax(steps, initial=0.0) <= 2 / 100 + 1e-12
+
+
+@pytest.mark.parametrize("slot", [1, 2, 3], ids=["seam to come", "being written", "empty"])
+def test_a_slot_that_was_rewritten_after_it_was_found_is_not_used(
+    timeline: Timeline, slot: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As if the writer had come between the search and the look, which only plain Python can be made to show."""
+    look = getattr(committed_target, "py_func", committed_target)
+    for k in range(3):
+        put(timeline, float(k), t0_ns=k, now_ns=k)
+    assert look(timeline, 3 * PERIOD_NS, np.zeros(1))[0] == 2
+    timeline.sequence[2] += 1
+    monkeypatch.setitem(look.__globals__, "find_slot", lambda *_: slot)
+    at_ns = timeline.seam_ns[1] - 1 if slot == 1 else 3 * PERIOD_NS
+    assert look(timeline, at_ns, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
 
 
 class TestThreads:
