@@ -61,7 +61,7 @@ class Result:
         """Of all layers, one of VERDICTS. What is exact in all that could be compared may still be incomplete."""
         if any(not self._is_good(layer) for layer in self.layers):
             return DIFFERS
-        if self.missing:
+        if self.missing or not any(sum(layer.compared.values()) for layer in self.layers):
             return INCOMPLETE
         return EXACT if all(layer.is_exact for layer in self.layers) else ROUNDING
 
@@ -125,8 +125,12 @@ def replay(recording: Recording, options: Options) -> Result:
 
 
 def bundle_folder(recording: Recording, options: Options) -> Path:
-    """The one given, or the one that the log names."""
-    return Path(recording.config["bundle"]) if options.bundle is None else options.bundle
+    """The one given, or the one that the log names. Raises NotReplayable when there is neither."""
+    if options.bundle is not None:
+        return options.bundle
+    if not recording.config.get("bundle"):
+        raise NotReplayable("the log names no bundle: give the policy with --bundle")
+    return Path(recording.config["bundle"])
 
 
 def open_policy(recording: Recording, options: Options) -> tuple[Policy, list[str]]:

@@ -124,7 +124,7 @@ class TestDamage:
     ):
         rewritten(copy, drop=lambda topic, _: topic in ("/chunk", "/observation"))
         code, result = result_of(capsys, copy, "--layer", "ticks")
-        assert code == 0
+        assert (code, result["verdict"]) == (1, INCOMPLETE)
         assert result["layers"][0]["compared"] == {"/tick": 0}
         assert "tick 0 knew of chunk 0" in result["layers"][0]["stopped"]
 
@@ -137,6 +137,12 @@ class TestBundle:
         code, result = result_of(capsys, copy)
         assert (code, result["verdict"], layers_of(result)) == (1, INCOMPLETE, ["ticks"])
         assert "bundles/so101-lift' of the log is not there: give it with --bundle" in result["notes"][-1]
+
+    def test_a_log_that_names_no_bundle_says_how_to_give_one(self, copy: Path, capsys: pytest.CaptureFixture[str]):
+        config = {name: value for name, value in read_log(copy).header["config"].items() if name != "bundle"}
+        code, result = result_of(capsys, rewritten(copy, header={"config": config}))
+        assert (code, result["verdict"]) == (1, INCOMPLETE)
+        assert "names no bundle: give the policy with --bundle" in result["notes"][-1]
 
     def test_another_bundle_is_not_taken_by_itself(self, copy: Path, bundle: Path, capsys: pytest.CaptureFixture[str]):
         config = {**read_log(copy).header["config"], "bundle": str(bundle)}
