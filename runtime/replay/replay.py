@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -184,12 +185,19 @@ def as_json(result: Result) -> dict[str, Any]:
                 "compared": dict(layer.compared),
                 "is_exact": layer.is_exact,
                 "stopped": layer.stopped,
-                "first": None if layer.first is None else asdict(layer.first),
-                "fields": [asdict(field) for field in layer.fields],
+                "first": None if layer.first is None else _plain(asdict(layer.first)),
+                "fields": [_plain(asdict(field)) for field in layer.fields],
             }
             for layer in result.layers
         ],
     }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_text(recording: Recording, result: Result) -> str:
