@@ -20,7 +20,7 @@ ROBOT = [
 ]
 EXTRAS = {
     "sim": ["mujoco>=3.3", "scipy>=1.11"],
-    "view": ["rerun-sdk>=0.22"],
+    "view": ["rerun-sdk>=0.24"],
     "train": ["torch>=2.6", "safetensors>=0.4", "tqdm>=4.66", "tensorboard>=2.15", "pyarrow>=15", "av>=12"],
     "export": ["torch>=2.6", "safetensors>=0.4", "onnx>=1.17"],
     "realsense": ["pyrealsense2>=2.55"],

@@ -23,7 +23,7 @@ SWAY_RAD = 0.1
 
 
 class Load:
-    """Both threads, for the length of a `with` block. inferences: how many the policy has made.
+    """Both threads, for the length of a `with` block. inferences: how many the policy has made. spec: the policy's.
 
     Set `fed` to the state of the loop that is to get the chunks.
     """
@@ -33,6 +33,7 @@ class Load:
         self.fed: TickState | None = None
         self._robot = robot
         self._policy: Policy = load_policy(bundle, embodiment=robot.embodiment)
+        self.spec = self._policy.spec
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._burn, self._infer)]
 

@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,22 @@ from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.drivers.twin.client import start_twin
 from onbeat.runtime.bench_load import Load
+from onbeat.runtime.bench_record import (
+    ROUNDS,
+    VIEW,
+    WAYS,
+    Recording,
+    Samples,
+    costs_as_text,
+    judge_costs,
+    run_slice,
+)
 from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.link import Link, exchange, link_to
 from onbeat.runtime.loop import ControlLoop, compile_ahead, next_deadline
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.measures import figure, text_table
+from onbeat.runtime.profile.spread import Judgement
 from onbeat.runtime.realtime import FIFO_PRIORITY, MEASURES
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import Robot, load_robot
@@ -55,6 +67,7 @@ AIM_OF_FLOOR: Final = 3.0
 AIM_BELOW: Final = {"sleep": 50.0, "sleep, then spin": 10.0}
 
 Wait = Callable[[int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +91,11 @@ def summarise(loop: str, rate_hz: int, scheduling: str, late_ns: NDArray[Any], m
     p50, p99, p999, longest = (np.percentile(late_ns, (50, 99, 99.9, 100)) / 1e3).tolist()
     share = missed / (missed + len(late_ns))
     return Row(loop, rate_hz, scheduling, len(late_ns), share, p50, p99, p999, longest, faulty)
+
+
+def row_of(loop: str, rate_hz: int, samples: Samples) -> Row:
+    """Of one way of recording, under FIFO."""
+    return summarise(loop, rate_hz, FIFO, samples.all_ns, samples.missed, samples.faulty)
 
 
 def sleep_until_due(due_ns: int) -> None:
@@ -126,6 +144,9 @@ def run_python_loop(wait: Wait, state: TickState, link: Link, ends_ns: int) -> t
     return late_ns, missed, faulty
 
 
+Costs = dict[int, dict[str, tuple[Judgement, ...]]]
+
+
 class Bench:
     """The loops on one kind of joints at one rate."""
 
@@ -148,14 +169,24 @@ class Bench:
         self._load.fed = state
         return state
 
+    def record_costs(self, seconds: float) -> dict[str, Samples]:
+        """Our loop under FIFO in the WAYS of bench_record, `seconds` each in slices, round after round."""
+        samples = {way: Samples() for way in WAYS}
+        with tempfile.TemporaryDirectory() as folder:
+            for k in range(ROUNDS * len(WAYS)):
+                way = WAYS[(k + k // len(WAYS)) % len(WAYS)]  # each round begins with another
+                loop = self._new_loop()
+                recording = Recording(self._robot, self._load.spec, Path(folder) / str(k), is_viewed=way == VIEW)
+                run = partial(in_thread, partial(run_for, loop, seconds / ROUNDS), FIFO)
+                samples[way].add(run_slice(way, loop, run, recording), loop)
+        return samples
+
+    def _new_loop(self) -> ControlLoop:
+        return ControlLoop(self._fresh_state(), self._actuators, history=StateHistory(len(self._robot.joints)))
+
     def _ours(self, scheduling: str, seconds: float) -> Row:
-        state, joints = self._fresh_state(), len(self._robot.joints)
-        loop = ControlLoop(state, self._actuators, history=StateHistory(joints))
-        log = TickLog()
-        timer = threading.Timer(seconds, loop.stop)
-        timer.start()
-        loop.run()
-        timer.join()
+        loop, log = self._new_loop(), TickLog()
+        run_for(loop, seconds)
         log.take(loop.records)
         ticks = log.records()
         late_ns = ticks["start_ns"] - ticks["due_ns"]
@@ -169,9 +200,17 @@ class Bench:
         return summarise(name, self._rate_hz, scheduling, np.array(late_ns), missed, faulty)
 
 
-def in_thread(measure: Callable[[], Row], scheduling: str) -> Row:
+def run_for(loop: ControlLoop, seconds: float) -> None:
+    """Run a loop in this thread for that long."""
+    timer = threading.Timer(seconds, loop.stop)
+    timer.start()
+    loop.run()
+    timer.join()
+
+
+def in_thread(measure: Callable[[], T], scheduling: str) -> T:
     """What `measure` returns, from a thread of its own that is scheduled so. Raises what it raises."""
-    rows: list[Row] = []
+    rows: list[T] = []
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -260,9 +299,9 @@ def twin_bus(robot: Robot) -> Iterator[FeetechBus]:
         yield running.enter_context(FeetechBus(twin.port, joints))
 
 
-def measure_all(bundle: Path, seconds: float) -> list[Row]:
-    """Every row, in one run. Raises BundleError, TwinFailed."""
-    robot, rows = load_robot("so101-twin"), list[Row]()
+def measure_all(bundle: Path, seconds: float) -> tuple[list[Row], Costs]:
+    """Every row, in one run, and what recording costs, per rate. Raises BundleError, TwinFailed."""
+    robot, rows, costs = load_robot("so101-twin"), list[Row](), Costs()
     load = Load(bundle, robot)
     compile_ahead(robot.limits)
     with twin_bus(robot) as bus, load:
@@ -270,10 +309,14 @@ def measure_all(bundle: Path, seconds: float) -> list[Row]:
         mailbox.enable(True)
         joints: tuple[tuple[Actuators, int], ...] = ((bus, 200), (mailbox, 1000))
         for actuators, rate_hz in joints:
-            rows += Bench(robot, actuators, rate_hz, load).measure(seconds)
+            bench = Bench(robot, actuators, rate_hz, load)
+            rows += bench.measure(seconds)
+            samples = bench.record_costs(seconds)
+            rows += (row_of(f"{ONBEAT}, {way}", rate_hz, found) for way, found in samples.items())
+            costs[rate_hz] = judge_costs(samples)
             floor = measure_floor(rate_hz, seconds)
             rows += [] if floor is None else [floor]
-    return rows
+    return rows, costs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -285,16 +328,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     machine = f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
     load_before = os.getloadavg()[0]
-    rows = measure_all(options.bundle, options.seconds)
+    rows, costs = measure_all(options.bundle, options.seconds)
     verdicts = compare(rows)
     if options.is_json:
-        print(
-            json.dumps({"machine": machine, "load": load_before, "rows": [asdict(r) for r in rows], "aims": verdicts})
-        )
+        told = {rate: {way: [asdict(j) for j in found] for way, found in ways.items()} for rate, ways in costs.items()}
+        found = {"rows": [asdict(r) for r in rows], "aims": verdicts, "recording": told}
+        print(json.dumps({"machine": machine, "load": load_before, **found}))
         return 0
     print(f"{machine}, load before {load_before:.1f}; {options.seconds:g} s per loop, beside a thread that burns the")
     print("interpreter and a policy that never pauses\n")
     print(as_text(rows, verdicts))
+    print(f"\nwhat recording and watching cost the loop, {FIFO}\n\n{costs_as_text(costs)}")
     for missing, what in ((lerobot_wait() is None, "lerobot"), (shutil.which(FLOOR) is None, FLOOR)):
         if missing:
             print(f"{what} is not installed: left out", file=sys.stderr)

@@ -373,7 +373,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         Fault.DISK_FULL,
-        "less space is left than the run's records need",
+        "less than 50 MB are left on the disk of the flight log, or it takes nothing any more",
         "status thread, 5 Hz",
         1,
         Level.HOLD,

@@ -8,6 +8,7 @@ A layout is read back from the schema that is in the file: a log tells by itself
 import io
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,7 +23,7 @@ from onbeat.runtime.flight.messages import CDR, TEXT, Field, Message, packed, sh
 
 ENCAPSULATION = b"\x00\x01\x00\x00"  # CDR, little endian
 FORMS = PNG, JPEG = "png", "jpeg"
-PNG_LEVEL = 1  # of zlib: docs/decisions/0024-flight-log.md
+PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # docs/decisions/0024-flight-log.md
 JPEG_QUALITY = 90
 
 IMAGE_SCHEMA_NAME = "sensor_msgs/msg/CompressedImage"
@@ -230,6 +231,6 @@ def split_frame(message: bytes) -> tuple[int, str, bytes]:
 def compress(rgb: NDArray[np.uint8], form: str) -> bytes:
     """A picture's file: PNG keeps every bit, JPEG does not."""
     out = io.BytesIO()
-    options: dict[str, int] = {"compress_level": PNG_LEVEL} if form == PNG else {"quality": JPEG_QUALITY}
+    options = PNG_OPTIONS if form == PNG else {"quality": JPEG_QUALITY}
     Image.fromarray(rgb).save(out, format=form, **options)
     return out.getvalue()

@@ -47,10 +47,10 @@ class ChunkReplay:
             cameras=self._cameras,
             history=self._joints,
             log=self._take,
-            instruction=recording.config["instruction"],
+            instruction=recording.instruction,
             clock=self._clock,
         )
-        self._instruction: str = recording.config["instruction"]
+        self._instruction = recording.instruction
         self._taken: Inference | None = None
         self._sampled = set(np.linspace(0, len(recording.chunks) - 1, FLOOR_CHUNKS).astype(int).tolist())
         self.records = recording.chunks.copy()

@@ -42,6 +42,11 @@ class Recording:
         return self.log.header["config"]
 
     @property
+    def instruction(self) -> str:
+        """What the policy was asked to do at the start."""
+        return self.config.get("instruction") or str(self.observations["instruction"][0])
+
+    @property
     def mode(self) -> str:
         return self.log.header["mode"]
 

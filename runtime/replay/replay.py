@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -61,7 +62,7 @@ class Result:
         """Of all layers, one of VERDICTS. What is exact in all that could be compared may still be incomplete."""
         if any(not self._is_good(layer) for layer in self.layers):
             return DIFFERS
-        if self.missing:
+        if self.missing or not any(sum(layer.compared.values()) for layer in self.layers):
             return INCOMPLETE
         return EXACT if all(layer.is_exact for layer in self.layers) else ROUNDING
 
@@ -125,8 +126,12 @@ def replay(recording: Recording, options: Options) -> Result:
 
 
 def bundle_folder(recording: Recording, options: Options) -> Path:
-    """The one given, or the one that the log names."""
-    return Path(recording.config["bundle"]) if options.bundle is None else options.bundle
+    """The one given, or the one that the log names. Raises NotReplayable when there is neither."""
+    if options.bundle is not None:
+        return options.bundle
+    if not recording.config.get("bundle"):
+        raise NotReplayable("the log names no bundle: give the policy with --bundle")
+    return Path(recording.config["bundle"])
 
 
 def open_policy(recording: Recording, options: Options) -> tuple[Policy, list[str]]:
@@ -180,12 +185,19 @@ def as_json(result: Result) -> dict[str, Any]:
                 "compared": dict(layer.compared),
                 "is_exact": layer.is_exact,
                 "stopped": layer.stopped,
-                "first": None if layer.first is None else asdict(layer.first),
-                "fields": [asdict(field) for field in layer.fields],
+                "first": None if layer.first is None else _plain(asdict(layer.first)),
+                "fields": [_plain(asdict(field)) for field in layer.fields],
             }
             for layer in result.layers
         ],
     }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_text(recording: Recording, result: Result) -> str:

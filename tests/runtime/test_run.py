@@ -144,6 +144,9 @@ class TestRefusals:
             (["--seconds", "nan"], "a time above 0"),
             (["--seconds", "inf"], "a time above 0"),
             (["--threads", "0"], "give 1 or more"),
+            (["--log-budget-mb", "1"], "give 10 or more"),
+            (["--log-budget-mb", "nan"], "give 10 or more"),
+            (["--view", "run.mp4"], "ends in .rrd"),
             (["--bundle", "/nowhere"], "nowhere"),
         ],
     )

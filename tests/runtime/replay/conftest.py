@@ -1,11 +1,14 @@
 """The recorded flight, and copies of it to change."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from onbeat.runtime.flight.backend import backend, backend_changes
 from onbeat.runtime.policy import Policy, load_policy
+from onbeat.runtime.replay.layers import replay_whole
 from onbeat.runtime.replay.recording import Recording, open_recording
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,6 +34,17 @@ def bundle() -> Path:
 @pytest.fixture(scope="session")
 def policy(bundle: Path) -> Policy:
     return load_policy(bundle)
+
+
+@pytest.fixture(scope="session")
+def native(recording: Recording, policy: Policy) -> Recording:
+    """The flight as this machine would have recorded it: where its rounding is another, with its own answers."""
+    if not backend_changes(recording.log.header["backend"], backend(threads=1)):
+        return recording
+    whole = replay_whole(recording, policy, {})
+    assert whole.ticks is not None
+    assert whole.chunks is not None
+    return replace(recording, ticks=whole.ticks, chunks=whole.chunks)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from onbeat.runtime.flight.encoding import JPEG, decode_frame, encode_frame
 from onbeat.runtime.flight.messages import CAMERA
 from onbeat.runtime.flight.reader import LogError, NoLog, read_log, read_messages
 from onbeat.runtime.replay import replay as command
-from onbeat.runtime.replay.recording import NotReplayable, open_recording
-from onbeat.runtime.replay.replay import DIFFERS, EXACT, INCOMPLETE, ROUNDING, VERDICTS
+from onbeat.runtime.replay.layers import replay_recorded_chunks
+from onbeat.runtime.replay.recording import NotReplayable, Recording, open_recording
+from onbeat.runtime.replay.replay import DIFFERS, EXACT, INCOMPLETE, ROUNDING, VERDICTS, Result, as_json
 from onbeat.runtime.replay.update import rewrite_files
 
 SOME = 6  # chunks that a shortened log has
@@ -124,7 +125,7 @@ class TestDamage:
     ):
         rewritten(copy, drop=lambda topic, _: topic in ("/chunk", "/observation"))
         code, result = result_of(capsys, copy, "--layer", "ticks")
-        assert code == 0
+        assert (code, result["verdict"]) == (1, INCOMPLETE)
         assert result["layers"][0]["compared"] == {"/tick": 0}
         assert "tick 0 knew of chunk 0" in result["layers"][0]["stopped"]
 
@@ -137,6 +138,12 @@ class TestBundle:
         code, result = result_of(capsys, copy)
         assert (code, result["verdict"], layers_of(result)) == (1, INCOMPLETE, ["ticks"])
         assert "bundles/so101-lift' of the log is not there: give it with --bundle" in result["notes"][-1]
+
+    def test_a_log_that_names_no_bundle_says_how_to_give_one(self, copy: Path, capsys: pytest.CaptureFixture[str]):
+        config = {name: value for name, value in read_log(copy).header["config"].items() if name != "bundle"}
+        code, result = result_of(capsys, rewritten(copy, header={"config": config}))
+        assert (code, result["verdict"]) == (1, INCOMPLETE)
+        assert "names no bundle: give the policy with --bundle" in result["notes"][-1]
 
     def test_another_bundle_is_not_taken_by_itself(self, copy: Path, bundle: Path, capsys: pytest.CaptureFixture[str]):
         config = {**read_log(copy).header["config"], "bundle": str(bundle)}
@@ -193,6 +200,13 @@ class TestVerdict:
         assert "first: /tick goal_rad[" in told
         assert told.splitlines()[-1] == DIFFERS
 
+    def test_a_number_that_is_none_is_text_in_json(self, recording: Recording):
+        ticks = recording.ticks.copy()
+        ticks["goal_rad"][5] = np.nan
+        layer = replay_recorded_chunks(replace(recording, ticks=ticks))
+        told = json.dumps(as_json(Result((layer,), (), {}, ())), allow_nan=False)
+        assert json.loads(told)["layers"][0]["first"]["recorded"] == "nan"
+
     def test_verdicts_have_names_of_their_own(self):
         assert len(set(VERDICTS)) == 4
 
@@ -215,7 +229,9 @@ class TestUpdate:
 
     @pytest.mark.slow
     def test_an_update_of_what_is_exact_changes_no_record(self, copy: Path, bundle: Path):
+        """The first makes it this machine's, if it is not."""
         shortened(copy)
+        assert command.main([str(copy), "--bundle", str(bundle), "--update"]) == 0
         before = {path.name: list(read_messages(path, [])) for path in copy.glob("*.mcap")}
         assert command.main([str(copy), "--bundle", str(bundle), "--update"]) == 0
         for name, messages in before.items():
