@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.training.config import PolicyConfig, load_config, save_config
+from onbeat.training.config import PolicyConfig
+from onbeat.training.config_file import load_config, save_config
 from onbeat.training.model.policy import Policy
 
 WEIGHTS_FILE = "model.safetensors"

@@ -17,8 +17,8 @@ from onbeat.training.config import (
     PolicyConfig,
     StreamConfig,
     VisionConfig,
-    load_config,
 )
+from onbeat.training.config_file import load_config
 from onbeat.training.model.policy import Policy
 
 # Norm scales, LayerScale and biases are drawn around these, so that forgetting any of them shows.

@@ -20,7 +20,7 @@ from onbeat.embodiment.metadata import save_statistics
 from onbeat.embodiment.schema import load_embodiment
 from onbeat.runtime.language import PolicyLanguage
 from onbeat.training.checkpoint import WEIGHTS_FILE, CheckpointError
-from onbeat.training.config import save_config
+from onbeat.training.config_file import save_config
 from onbeat.training.dataset import (
     Steps,
     action_slots,
