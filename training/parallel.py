@@ -1,14 +1,13 @@
 """Training on several processes: PyTorch's FSDP2, started by `torchrun`. Alone, everything here does nothing.
 
-Every process holds a share of every parameter, gradient and moment, and works on its own share of each batch. Losses are
-sums over a process's entries divided by the count over all of them (`global_sum`), so gradients are added, not averaged,
-and the result is that of one process with the whole batch.
+Every process holds a share of every parameter, gradient and moment, and works on its own share of each batch. Losses
+are sums over a process's entries divided by the count over all of them (`global_sum`), so gradients are added, not
+averaged, and the result is that of one process with the whole batch.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
