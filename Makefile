@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Idle worker threads that spin cost more than they bring on small machines.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test fast check soak train bundle evaluate clean system
+.PHONY: run test fast check lerobot-check soak train bundle evaluate clean system
 
 run: .venv/installed-run
 	$(BIN)/onbeat run $(RUN_ARGS)
@@ -29,6 +29,16 @@ evaluate: .venv/installed-test
 # Every fault on the twin, judged on the wire; wants the machine for itself.
 soak: .venv/installed-test
 	$(BIN)/python -m pytest -m soak
+
+# LeRobot's own loader on what we write, ours on what it writes; in an environment of its own under out/ (8 GB with its torch).
+LEROBOT ?= lerobot==0.4.4
+LEROBOT_BIN ?= out/lerobot-venv/bin
+lerobot-check: .venv/installed-test
+	test -x $(LEROBOT_BIN)/python || ($(PYTHON) -m venv out/lerobot-venv && $(LEROBOT_BIN)/pip install --quiet '$(LEROBOT)')
+	rm -rf out/lerobot-check
+	$(BIN)/python tests/lerobot_check/ours.py write out/lerobot-check/ours
+	HF_HUB_OFFLINE=1 SVT_LOG=1 $(LEROBOT_BIN)/python tests/lerobot_check/theirs.py out/lerobot-check/ours out/lerobot-check/theirs
+	$(BIN)/python tests/lerobot_check/ours.py read out/lerobot-check/theirs
 
 # From nothing to the bundle that ships, in about an hour: docs/decisions/0011-first-policy.md.
 train: .venv/installed-test

@@ -80,4 +80,4 @@ class Draw(NamedTuple):
     """One sample of a mixture: the number of its source, and the number of the sample in it."""
 
     source: int
-    index: int
+    sample: int

@@ -1,0 +1,140 @@
+"""Parquet files, read by rows: a column of a row group at a time, the most recent kept within a budget of memory."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from onbeat.training.data.layout import DataError, Feature
+
+CACHE_BYTES = 512 * 2**20
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole, small table. Raises DataError."""
+    return open_parquet(path).read(columns=columns and list(columns))
+
+
+def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """Raises DataError where the file is missing or damaged."""
+    try:
+        return pq.ParquetFile(path, metadata=metadata, memory_map=True)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: copy the whole dataset") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no whole parquet file ({error}): copy it again") from None
+
+
+class Tables:
+    """Random access to the rows of many files. Safe to use from several threads."""
+
+    def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
+        self._budget, self._used = cache_bytes, 0
+        self._metadata: dict[Path, pq.FileMetaData] = {}
+        self._columns: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def rows(self, path: Path) -> int:
+        """How many rows the file holds."""
+        return self._describe(path).num_rows
+
+    def read(self, path: Path, column: str, start: int, stop: int) -> pa.ChunkedArray:
+        """Rows [start, stop) of a column. Raises DataError where the file has no such rows or column."""
+        metadata = self._describe(path)
+        if not 0 <= start <= stop <= metadata.num_rows:
+            raise DataError(f"{path} has {metadata.num_rows} rows, and row {stop - 1} is asked: copy it again, whole")
+        chunks: list[pa.Array] = []
+        first = 0
+        for group in range(metadata.num_row_groups):
+            last = first + metadata.row_group(group).num_rows
+            if first < stop and start < last:
+                rows = self._group(path, group, column)
+                chunks += rows.slice(max(start - first, 0), min(stop, last) - max(start, first)).chunks
+            first = last
+        return pa.chunked_array(chunks) if chunks else self._group(path, 0, column).slice(0, 0)
+
+    def _describe(self, path: Path) -> pq.FileMetaData:
+        if path not in self._metadata:
+            self._metadata[path] = open_parquet(path).metadata
+        return self._metadata[path]
+
+    def _group(self, path: Path, group: int, column: str) -> pa.ChunkedArray:
+        key = (path, group, column)
+        with self._lock:
+            if key in self._columns:
+                self._columns.move_to_end(key)
+                return self._columns[key]
+        rows = read_group(path, group, column, self._metadata[path])
+        with self._lock:
+            if key not in self._columns:
+                self._columns[key] = rows
+                self._used += rows.nbytes
+            while self._used > self._budget and len(self._columns) > 1:
+                self._used -= self._columns.popitem(last=False)[1].nbytes
+        return rows
+
+
+def read_group(path: Path, group: int, column: str, metadata: pq.FileMetaData | None = None) -> pa.ChunkedArray:
+    """One column of one row group. Raises DataError."""
+    file = open_parquet(path, metadata)
+    if column not in file.schema_arrow.names:
+        raise DataError(f"{path} has no column '{column}': meta/info.json names it, so copy the table again")
+    try:
+        return file.read_row_group(group, columns=[column]).column(column)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: column '{column}' of row group {group} is damaged ({error}): copy it again") from None
+
+
+def stream_groups(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, pa.ChunkedArray]]]:
+    """(first row, columns) of every row group of a file, in order; no more than one group is held."""
+    file, first = open_parquet(path), 0
+    for group in range(file.metadata.num_row_groups):
+        yield first, {name: read_group(path, group, name, file.metadata) for name in columns}
+        first += file.metadata.row_group(group).num_rows
+
+
+def to_numbers(rows: pa.ChunkedArray, name: str, feature: Feature, path: Path, first_row: int) -> NDArray[Any]:
+    """A numeric column as (n, width) in the feature's type. Raises DataError naming the first row of another width."""
+    flat, expected = rows.combine_chunks() if isinstance(rows, pa.ChunkedArray) else rows, feature.shape
+    if pa.types.is_nested(rows.type) or expected != (1,):
+        _check_width(rows, name, expected, path, first_row)
+    while pa.types.is_nested(flat.type):
+        flat = pc.list_flatten(flat)
+    if flat.null_count:
+        row = int(np.flatnonzero(np.asarray(pc.is_null(flat)))[0]) // feature.width
+        raise DataError(f"{path} row {first_row + row}: '{name}' is empty: record that episode again or leave it out")
+    values = np.asarray(flat.to_numpy(zero_copy_only=False), dtype=feature.dtype)
+    if values.size != len(rows) * feature.width:
+        raise DataError(f"{path} from row {first_row} on: '{name}' is not {expected}: meta/info.json says so")
+    return values.reshape(len(rows), feature.width)
+
+
+def check_finite(values: NDArray[Any], name: str, path: Path, first_row: int) -> None:
+    """Raise DataError naming the first row with a NaN or an infinity."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return
+    odd = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if odd.size:
+        raise DataError(
+            f"{path} row {first_row + odd[0]}: '{name}' is not finite ({values[odd[0]].tolist()}): "
+            "record that episode again or leave it out"
+        )
+
+
+def _check_width(rows: pa.ChunkedArray, name: str, shape: tuple[int, ...], path: Path, first_row: int) -> None:
+    if not pa.types.is_nested(rows.type):
+        raise DataError(f"{path} row {first_row}: '{name}' has 1 number, not {shape}: meta/info.json says so")
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(rows), shape[0]))
+    odd = np.flatnonzero(lengths != shape[0])
+    if odd.size:
+        raise DataError(
+            f"{path} row {first_row + odd[0]}: '{name}' has {lengths[odd[0]]} numbers, not {shape[0]}: "
+            "meta/info.json says so; record that episode again or leave it out"
+        )
