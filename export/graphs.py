@@ -11,6 +11,7 @@ from onbeat.export.layers import ROPE, Parameters
 from onbeat.export.prefix_graph import PrefixLayout, add_prefix
 from onbeat.runtime.engine import SamplerSpec
 from onbeat.training.checkpoint import publish_name
+from onbeat.training.model.adapters import fold_adapters
 from onbeat.training.model.policy import Policy
 
 PREFIX_FILE = "prefix.onnx"
@@ -32,8 +33,9 @@ def write_graphs(policy: Policy, layout: PrefixLayout, sampler: SamplerSpec, fol
 
 
 def published_parameters(policy: Policy) -> Parameters:
-    """The network's parameters by published name, and the rotary frequencies it computed."""
-    parameters = {publish_name(name): value.detach().numpy() for name, value in policy.state_dict().items()}
+    """The network's parameters by published name, adapters added to what they adapt, and its rotary frequencies."""
+    folded = fold_adapters(policy.state_dict())
+    parameters = {publish_name(name): value.detach().numpy() for name, value in folded.items()}
     return {**parameters, ROPE: policy.language_model.rotary.inverse_frequency.numpy()}
 
 

@@ -29,7 +29,7 @@ TO_PUBLISHED = tuple(
     for pattern, published in (
         (r"language_model\.layers\.(\d+)\.und\.", r"language_model.model.layers.\1."),
         (
-            r"language_model\.layers\.(\d+)\.gen\.(mlp|input_layernorm|post_attention_layernorm|self_attn\.\w+)\.",
+            r"language_model\.layers\.(\d+)\.gen\.(mlp|experts|router|input_layernorm|post_attention_layernorm|self_attn\.\w+)\.",
             r"language_model.model.layers.\1.\2_mot_gen.",
         ),
         (r"language_model\.norm\.und\.", r"language_model.model.norm."),

@@ -23,7 +23,7 @@ from onbeat.training.model.vision import Layer as VisionLayer
 UNITS: dict[type[nn.Module], tuple[str, ...]] = {
     VisionLayer: (),
     DecoderLayer: ("prefix_cache", "advance"),
-    Policy: ("encode_prefix", "velocity", "decode_velocity"),
+    Policy: ("encode_prefix", "velocity", "flow", "decode_velocity"),
 }
 
 

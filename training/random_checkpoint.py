@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,16 +14,19 @@ from onbeat.training.config import (
     ACTIVATIONS,
     DecoderConfig,
     DelayConfig,
+    ExpertsConfig,
     GateConfig,
     PolicyConfig,
     StreamConfig,
     VisionConfig,
 )
 from onbeat.training.config_file import load_config
+from onbeat.training.model.adapters import ADAPTER
 from onbeat.training.model.policy import Policy
 
 # Norm scales, LayerScale and biases are drawn around these, so that forgetting any of them shows.
 SCALE_MEAN, SCALE_DEVIATION, BIAS_DEVIATION = 1.0, 0.2, 0.1
+ADAPTER_DEVIATION = 0.05  # near 1 / sqrt(200)
 
 
 def random_config(seed: int, vocabulary: int) -> PolicyConfig:
@@ -31,7 +35,7 @@ def random_config(seed: int, vocabulary: int) -> PolicyConfig:
     und, gen = _random_stream(draw), _random_stream(draw)
     if draw.random() < 0.25:
         gen = StreamConfig(und.width, und.ffn_width, gen.activation, gen.norm_epsilon)
-    return PolicyConfig(
+    config = PolicyConfig(
         vision=_random_vision(draw),
         decoder=_random_decoder(draw, und, gen, vocabulary),
         chunk=draw.randint(12, 16),
@@ -40,6 +44,20 @@ def random_config(seed: int, vocabulary: int) -> PolicyConfig:
         delay=draw.choice((DelayConfig(), DelayConfig(trained=True, simulated=6))),
         prompt_template=draw.choice(("long", "short")),
         template=draw.choice(("being_h0", "internvl2_5", "internlm2-chat")),
+    )
+    experts = _random_experts(draw, config.decoder.layers)
+    return replace(config, decoder=replace(config.decoder, experts=experts), adapters=draw.random() < 0.5)
+
+
+def _random_experts(draw: random.Random, layers: int) -> ExpertsConfig | None:
+    if layers == 1 or draw.random() < 0.4:
+        return None
+    count = draw.randint(1, 5)
+    return ExpertsConfig(
+        foundation_layers=draw.randint(1, layers - 1),
+        count=count,
+        top_k=draw.randint(1, min(count, 3)),
+        routing=draw.choice(("observation", "observation", "token")),
     )
 
 
@@ -104,7 +122,9 @@ def random_policy(config: PolicyConfig, seed: int) -> Policy:
 
 def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
     drawn = torch.randn(parameter.shape, generator=generator)
-    if name.endswith("bias"):
+    if ADAPTER in name:
+        parameter.copy_(drawn * ADAPTER_DEVIATION)
+    elif name.endswith("bias"):
         parameter.copy_(drawn * BIAS_DEVIATION)
     elif parameter.ndim == 1:
         parameter.copy_(SCALE_MEAN + SCALE_DEVIATION * drawn)

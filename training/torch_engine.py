@@ -10,9 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.engine import FlowResult, Guidance, PolicyInputs, PolicySpec, SamplerSpec, check_guidance
+from onbeat.runtime.engine import (
+    ExpertsSpec,
+    FlowResult,
+    Guidance,
+    PolicyInputs,
+    PolicySpec,
+    SamplerSpec,
+    check_guidance,
+)
 from onbeat.training.checkpoint import load_checkpoint
-from onbeat.training.config import PolicyConfig
+from onbeat.training.config import DecoderConfig, PolicyConfig
 from onbeat.training.model.heads import UNIFIED
 from onbeat.training.model.policy import Cache, Policy
 from onbeat.training.model.sampler import Lock, Pull, choose_sampler, fit_chunk, sample_chunk
@@ -79,8 +87,9 @@ class TorchEngine:
             raise EngineInputError(
                 f"token_ids must be (N,), each 0 to {vocabulary - 1}: use the checkpoint's tokenizer"
             )
+        least = inputs.state_index + (2 if self.spec.experts else 1)  # routers read what follows the state
         image_end = inputs.image_start + self.spec.views * self.spec.tokens_per_view
-        if not 0 <= inputs.image_start < image_end <= inputs.state_index < len(ids):
+        if not 0 <= inputs.image_start < image_end <= inputs.state_index or len(ids) < least:
             raise EngineInputError(
                 f"image_start {inputs.image_start} and state_index {inputs.state_index} leave no room for the image "
                 f"tokens in {len(ids)} tokens: give where they begin in token_ids"
@@ -157,7 +166,16 @@ def describe_policy(config: PolicyConfig, sampler: SamplerSpec, views: int) -> P
         trained_delay=config.delay.longest,
         sampler=sampler,
         guidance=True,
+        experts=_describe_experts(config.decoder),
     )
+
+
+def _describe_experts(decoder: DecoderConfig) -> ExpertsSpec | None:
+    experts = decoder.experts
+    if experts is None:
+        return None
+    layers = decoder.layers - experts.foundation_layers
+    return ExpertsSpec(layers, experts.count, experts.top_k, experts.routing)
 
 
 def _tensor(array: NDArray[np.float32]) -> Tensor:

@@ -101,6 +101,12 @@ def test_seeds_cover_every_shape() -> None:
     assert {decoder.und.width == decoder.gen.width for decoder in decoders} == {True, False}
     assert any(decoder.heads * decoder.head_dim != decoder.und.width for decoder in decoders)
     assert {decoder.heads // decoder.kv_heads for decoder in decoders} == {1, 2, 4}
+    experts = [decoder.experts for decoder in decoders if decoder.experts is not None]
+    assert len(experts) < len(decoders)
+    assert {mixture.routing for mixture in experts} == {"observation", "token"}
+    assert {mixture.top_k for mixture in experts} == {1, 2, 3}
+    assert any(mixture.top_k < mixture.count and mixture.top_k > 1 for mixture in experts)
+    assert {shape.config.adapters for shape in shapes} == {True, False}
 
 
 def test_comparison_sees_a_small_change(tmp_path: Path) -> None:

@@ -48,7 +48,15 @@ class Naive:
     def linear(self, name: str, x: Tensor) -> Tensor:
         bias = self.tensors.get(f"{name}.bias")
         product = x @ self.tensors[f"{name}.weight"].T
-        return product if bias is None else product + bias
+        product = product if bias is None else product + bias
+        return product + self.adapt(name, x) if f"{name}.adapter.weight" in self.tensors else product
+
+    def adapt(self, name: str, x: Tensor) -> Tensor:
+        """What the slots' adapters add, slot by slot."""
+        rows, offsets = self.tensors[f"{name}.adapter.weight"], self.tensors.get(f"{name}.adapter.bias")
+        if offsets is None:
+            return sum((x[..., slot, None] * row for slot, row in enumerate(rows)), torch.zeros(()))
+        return torch.stack([x @ row + offset for row, offset in zip(rows, offsets, strict=True)], -1)
 
     def norm(self, name: str, x: Tensor, stream: StreamConfig) -> Tensor:
         root = torch.sqrt((x * x).mean(-1, keepdim=True) + stream.norm_epsilon)
@@ -88,10 +96,30 @@ class Naive:
         result = []
         for x, a, (stream, suffix) in zip(tokens, attended, streams, strict=True):
             x = x + self.linear(f"{name}.self_attn.o_proj{suffix}", a)
-            normed, mlp = self.norm(f"{name}.post_attention_layernorm{suffix}", x, stream), f"{name}.mlp{suffix}"
-            gate = ACTIVATION[stream.activation](self.linear(f"{mlp}.gate_proj", normed))
-            result.append(x + self.linear(f"{mlp}.down_proj", gate * self.linear(f"{mlp}.up_proj", normed)))
+            normed = self.norm(f"{name}.post_attention_layernorm{suffix}", x, stream)
+            if f"{name}.router{suffix}.weight" in self.tensors and len(result) > len(self.und):
+                last = self.norm(f"{name}.input_layernorm", tokens[len(self.und)], decoder.und)
+                result.append(x + self.mix(name, normed, last))
+            else:
+                result.append(x + self.feed_forward(f"{name}.mlp{suffix}", normed, stream))
         return result
+
+    def feed_forward(self, name: str, x: Tensor, stream: StreamConfig) -> Tensor:
+        gate = ACTIVATION[stream.activation](self.linear(f"{name}.gate_proj", x))
+        return self.linear(f"{name}.down_proj", gate * self.linear(f"{name}.up_proj", x))
+
+    def mix(self, name: str, x: Tensor, last: Tensor) -> Tensor:
+        """All experts of one action token, those not among the best K with weight 0. last: the prefix's last token."""
+        decoder, router = self.policy.config.decoder, f"{name}.router_mot_gen"
+        assert decoder.experts is not None
+        scores = self.linear(router, last)
+        if decoder.experts.routing == "token":
+            scores = scores + self.linear(f"{router}.token", x)
+        chances = torch.exp(scores) / torch.exp(scores).sum()
+        least = chances.sort(descending=True).values[decoder.experts.top_k - 1]
+        weights = torch.where(chances >= least, chances, 0.0)
+        outputs = [self.feed_forward(f"{name}.experts_mot_gen.{k}", x, decoder.gen) for k in range(len(scores))]
+        return sum((w / weights.sum() * y for w, y in zip(weights, outputs, strict=True)), torch.zeros_like(x))
 
     def gate(self, features: Tensor, clean: Tensor, directions: Tensor, strength: float, temperature: float) -> Tensor:
         lifted = self.linear("action_to_vlm_proj", features)
@@ -176,11 +204,12 @@ def sample_naively(
 
 def random_inputs(policy: Policy, views: int, seed: int) -> PolicyInputs:
     draw, vision = np.random.default_rng(seed), policy.config.vision
+    least = 0 if policy.config.decoder.experts is None else 1  # tokens after the state
     images, before = views * vision.tokens_per_view, int(draw.integers(1, 6))
     state_index = before + images + int(draw.integers(0, 4))
     return PolicyInputs(
         views=draw.integers(0, 256, (views, vision.image_size, vision.image_size, 3), dtype=np.uint8),
-        token_ids=draw.integers(0, VOCABULARY, state_index + 1 + int(draw.integers(0, 6))),
+        token_ids=draw.integers(0, VOCABULARY, state_index + 1 + int(draw.integers(least, 6))),
         image_start=before,
         state_index=state_index,
         state=draw.standard_normal(200).astype(np.float32),

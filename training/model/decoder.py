@@ -10,26 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onbeat.training.config import DecoderConfig, StreamConfig
+from onbeat.training.config import DecoderConfig, ExpertsConfig, StreamConfig
+from onbeat.training.model.experts import Experts, Route, Router, choose
+from onbeat.training.model.feed_forward import GatedFeedForward
 
 # B batch, N prefix tokens (the state token included), D draws per prefix, C chunk rows,
 # H query heads, G key-value heads, X head width, W stream width.
 
-ACTIVATION = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
 
 class KeysValues(NamedTuple):
-    """One layer's cache: keys after norm and rotation, values; both (B, G, N, X)."""
+    """One layer's cache: keys after norm and rotation, values; both (B, G, N, X).
+
+    router: (B, E), what the prefix says to the layer's choice among experts, None where it has none.
+    """
 
     keys: Tensor
     values: Tensor
+    router: Tensor | None = None
+
+
+class Advanced(NamedTuple):
+    """Action tokens (B, T, W) after a layer, and the experts they took, None where it has none."""
+
+    tokens: Tensor
+    route: Route | None
 
 
 class Rotation(NamedTuple):
@@ -95,20 +99,6 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-class GatedFeedForward(nn.Module):
-    """down(act(gate(x)) * up(x))."""
-
-    def __init__(self, stream: StreamConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(stream.width, stream.ffn_width, bias=False)
-        self.up_proj = nn.Linear(stream.width, stream.ffn_width, bias=False)
-        self.down_proj = nn.Linear(stream.ffn_width, stream.width, bias=False)
-        self.activation = ACTIVATION[stream.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Stream(nn.Module):
     """One stream's weights of one layer. Every norm, q and k included, uses the stream's own epsilon."""
 
@@ -137,6 +127,26 @@ class Stream(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class RoutedStream(Stream):
+    """An action stream whose actions take experts; the state token keeps the shared feed-forward."""
+
+    def __init__(self, config: DecoderConfig, experts: ExpertsConfig) -> None:
+        super().__init__(config, config.gen)
+        self.top_k = experts.top_k
+        self.router = Router(config, experts)
+        self.experts = Experts(config, experts)
+
+    def finish_actions(self, x: Tensor, attended: Tensor, scores: Tensor) -> Advanced:
+        """As `finish`, by experts. scores: (B, E), the router's reading of the prefix."""
+        x = x + self.self_attn.o_proj(attended)
+        normed = self.post_attention_layernorm(x)
+        if self.router.token is None:
+            route = choose(scores, self.top_k)
+            return Advanced(x + self.experts(normed, route), route)
+        route = choose((scores[:, None] + self.router.token(normed)).flatten(0, 1), self.top_k)
+        return Advanced(x + self.experts(normed.flatten(0, 1)[:, None], route).view_as(x), route)
+
+
 def insert_token(others: Tensor, token: Tensor, index: int) -> Tensor:
     """(B, N - 1, ...) and (B, 1, ...) to (B, N, ...) with the token at `index`."""
     return torch.cat([others[:, :index], token, others[:, index:]], dim=1)
@@ -161,12 +171,13 @@ def attend(queries: Tensor, cache: KeysValues, mask: Tensor | None) -> Tensor:
 
 
 class Layer(nn.Module):
-    """One layer: both streams' weights."""
+    """One layer: both streams' weights. routed: whether its actions take experts."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, *, routed: bool = False) -> None:
         super().__init__()
         self.und = Stream(config, config.und)
-        self.gen = Stream(config, config.gen)
+        experts = config.experts if routed else None
+        self.gen = Stream(config, config.gen) if experts is None else RoutedStream(config, experts)
 
     def forward(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> tuple[Tensor, Tensor, KeysValues]:
         """The prefix: und tokens (B, N - 1, W) with the state token (B, 1, W) standing at `index` among them."""
@@ -181,19 +192,30 @@ class Layer(nn.Module):
         """What alone is needed of the last layer: keys and values of the prefix."""
         return self._keys_values(self.und.input_layernorm(und), self.gen.input_layernorm(state), index, by)
 
-    def advance(self, x: Tensor, cache: KeysValues, by: Rotation, mask: Tensor) -> Tensor:
+    def advance(self, x: Tensor, cache: KeysValues, by: Rotation, mask: Tensor) -> Advanced:
         """The actions: gen tokens (B, T, W) that see the cache and, as the mask allows, each other."""
         normed = self.gen.input_layernorm(x)
         keys = rotate(self.gen.keys(normed).transpose(1, 2), by)
         values = self.gen.values(normed).transpose(1, 2)
         queries = rotate(self.gen.queries(normed).transpose(1, 2), by)
         seen = KeysValues(torch.cat([cache.keys, keys], dim=2), torch.cat([cache.values, values], dim=2))
-        return self.gen.finish(x, attend(queries, seen, mask))
+        attended = attend(queries, seen, mask)
+        if isinstance(self.gen, RoutedStream):
+            assert cache.router is not None, "the prefix was made without this layer's router"
+            return self.gen.finish_actions(x, attended, cache.router)
+        return Advanced(self.gen.finish(x, attended), None)
 
     def _keys_values(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> KeysValues:
         keys = insert_token(self.und.keys(und), self.gen.keys(state), index)
         values = insert_token(self.und.values(und), self.gen.values(state), index)
-        return KeysValues(rotate(keys.transpose(1, 2), by), values.transpose(1, 2))
+        return KeysValues(rotate(keys.transpose(1, 2), by), values.transpose(1, 2), self._read_prefix(und, index))
+
+    def _read_prefix(self, und: Tensor, index: int) -> Tensor | None:
+        """The router's scores of the prefix (B, E), from its last token as it enters the layer, after the norm."""
+        if not isinstance(self.gen, RoutedStream):
+            return None
+        assert index < und.shape[1], f"the state token, at {index}, ends the prefix: the router reads what follows it"
+        return self.gen.router(und[:, -1])
 
 
 class Decoder(nn.Module):
@@ -203,7 +225,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocabulary, config.und.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, routed=config.is_routed(n)) for n in range(config.layers))
         self.norm = nn.ModuleDict(
             {
                 "und": RmsNorm(config.und.width, config.und.norm_epsilon),
@@ -228,16 +250,18 @@ class Decoder(nn.Module):
             caches.append(cache)
         return [*caches, last.prefix_cache(und, state, index, by)]
 
-    def advance(self, features: Tensor, caches: list[KeysValues]) -> Tensor:
-        """Action features (B, D, C, W) of D independent draws to the normed output of the action stream, same shape."""
+    def advance(self, features: Tensor, caches: list[KeysValues]) -> tuple[Tensor, list[Route]]:
+        """Action features (B, D, C, W) of D independent draws to the normed output of the action stream, same shape,
+        and the routes of the layers that have experts."""
         draws, chunk = features.shape[1:3]
         length = caches[0].keys.shape[2]
         by = self.rotary((length + torch.arange(chunk, device=features.device)).repeat(draws))
         mask = draw_mask(length, draws, chunk, features.device)
-        x = features.flatten(1, 2)
+        x, routes = features.flatten(1, 2), list[Route]()
         for layer, cache in zip(self.stack, caches, strict=True):
-            x = layer.advance(x, cache, by, mask)
-        return self.norm["gen"](x).unflatten(1, (draws, chunk))
+            x, route = layer.advance(x, cache, by, mask)
+            routes += [] if route is None else [route]
+        return self.norm["gen"](x).unflatten(1, (draws, chunk)), routes
 
 
 def draw_mask(length: int, draws: int, chunk: int, device: torch.device) -> Tensor:

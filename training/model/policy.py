@@ -1,13 +1,16 @@
 """The whole network: views, text and state to a cache; noisy actions and the cache to a velocity."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from onbeat.training.config import PolicyConfig
+from onbeat.training.model.adapters import SlotAdapter, SlotInput, SlotOutput
 from onbeat.training.model.connector import Connector
-from onbeat.training.model.decoder import Decoder, KeysValues, RmsNorm
+from onbeat.training.model.decoder import Decoder, KeysValues, RmsNorm, RoutedStream
+from onbeat.training.model.experts import Routing, summarise
 from onbeat.training.model.gating import ManifoldGate
 from onbeat.training.model.heads import UNIFIED, ActionEncoder, TwoLayers
 from onbeat.training.model.vision import Layer as VisionLayer
@@ -18,6 +21,14 @@ from onbeat.training.model.vision import VisionTower
 
 Cache = list[KeysValues]
 Refine = Callable[[Tensor], Tensor]
+
+
+class Flow(NamedTuple):
+    """velocity (B, D, C, A), and what the routers did, None where no layer has experts."""
+
+    velocity: Tensor
+    routing: Routing | None
+
 
 INITIAL_DEVIATION = 0.02
 INITIAL_LAYER_SCALE = 0.1
@@ -37,6 +48,10 @@ class Policy(nn.Module):
         self.action_encoder = ActionEncoder(width)
         self.action_decoder = TwoLayers(width, width, UNIFIED)
         self.mpg = ManifoldGate(config.decoder) if config.gate.present else None
+        if config.adapters:
+            self.state_encoder.layer1 = SlotInput(UNIFIED, width)
+            self.action_encoder.W1 = SlotInput(UNIFIED, width)
+            self.action_decoder.layer2 = SlotOutput(width, UNIFIED)
 
     def encode_views(self, pixel_values: Tensor) -> Tensor:
         """Normalised views (B, V, 3, S, S) to image tokens (B, V x tokens_per_view, und width)."""
@@ -74,12 +89,20 @@ class Policy(nn.Module):
 
         refine: what the gate does to the action features (B, D, C, E) before the decoder sees them.
         """
+        return self.flow(cache, actions, bucket, refine).velocity
+
+    def flow(self, cache: Cache, actions: Tensor, bucket: Tensor, refine: Refine | None = None) -> Flow:
+        """As `velocity`, with what the routers did."""
         features = self.action_encoder(actions, bucket)
-        return self.decode_velocity(cache, features if refine is None else refine(features))
+        return self._decode(cache, features if refine is None else refine(features))
 
     def decode_velocity(self, cache: Cache, features: Tensor) -> Tensor:
         """Action features (B, D, C, E) to velocities (B, D, C, A)."""
-        return self.action_decoder(self.language_model.advance(features, cache))
+        return self._decode(cache, features).velocity
+
+    def _decode(self, cache: Cache, features: Tensor) -> Flow:
+        tokens, routes = self.language_model.advance(features, cache)
+        return Flow(self.action_decoder(tokens), summarise(routes, len(features)) if routes else None)
 
 
 def create_policy(config: PolicyConfig, seed: int) -> Policy:
@@ -113,17 +136,33 @@ def _fill(weight: Tensor, generator: torch.Generator) -> None:
 
 
 def count_parameters(policy: Policy) -> dict[str, int]:
-    """Parameters by part, and in "total". lm_head counts though no action ever needs it."""
-    decoder = policy.language_model
-    parts: dict[str, nn.Module | None] = {
-        "vision": policy.vit_model,
-        "connector": policy.connector,
-        "embedding": decoder.embed_tokens,
-        "und": nn.ModuleList([*(layer.und for layer in decoder.stack), decoder.norm["und"]]),
-        "gen": nn.ModuleList([*(layer.gen for layer in decoder.stack), decoder.norm["gen"]]),
-        "lm_head": decoder.lm_head,
-        "heads": nn.ModuleList([policy.state_encoder, policy.action_encoder, policy.action_decoder]),
-        "gate": policy.mpg,
+    """Parameters by part, and in "total". lm_head counts though no action ever needs it.
+
+    "gen" is without "experts" and "routers", "heads" without "adapters". "at work": what a control step reads, so
+    neither the embedding, of which it takes a few rows, nor lm_head, and of the experts those that are chosen.
+    """
+    decoder, experts = policy.language_model, policy.config.decoder.experts
+    routed = [layer.gen for layer in decoder.stack if isinstance(layer.gen, RoutedStream)]
+    counts = {
+        "vision": _count(policy.vit_model),
+        "connector": _count(policy.connector),
+        "embedding": _count(decoder.embed_tokens),
+        "und": _count(*(layer.und for layer in decoder.stack), decoder.norm["und"]),
+        "gen": _count(*(layer.gen for layer in decoder.stack), decoder.norm["gen"]),
+        "experts": _count(*(stream.experts for stream in routed)),
+        "routers": _count(*(stream.router for stream in routed)),
+        "lm_head": _count(decoder.lm_head),
+        "heads": _count(policy.state_encoder, policy.action_encoder, policy.action_decoder),
+        "adapters": _count(*(module for module in policy.modules() if isinstance(module, SlotAdapter))),
+        "gate": _count(policy.mpg),
     }
-    counts = {name: sum(p.numel() for p in part.parameters()) if part else 0 for name, part in parts.items()}
-    return {**counts, "total": sum(counts.values())}
+    counts["gen"] -= counts["experts"] + counts["routers"]
+    counts["heads"] -= counts["adapters"]
+    chosen = 0 if experts is None else counts["experts"] * experts.top_k // experts.count
+    idle = counts["embedding"] + counts["lm_head"] + counts["experts"] - chosen
+    total = sum(counts.values())
+    return {**counts, "total": total, "at work": total - idle}
+
+
+def _count(*modules: nn.Module | None) -> int:
+    return sum(parameter.numel() for module in modules if module for parameter in module.parameters())
