@@ -1,4 +1,4 @@
-"""Demonstrations as one set of tensors in the network's terms, all in memory: frames as bytes, the rest as float32.
+"""Demonstrations as one source of samples, all in memory: frames as bytes, the rest as float32.
 
 N policy steps, V views, S image side, J joints, C chunk rows, A = 200 unified slots.
 """
@@ -18,6 +18,9 @@ from onbeat.embodiment.metadata import MERGED, Statistics, measure
 from onbeat.embodiment.robot import ABSOLUTE, Embodiment, StateKey
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.language import PolicyLanguage
+from onbeat.runtime.prompt import Prompt
+from onbeat.training.auxiliary import PLACE
+from onbeat.training.data.sample import Kind, Sample
 from onbeat.training.demonstrations import Demonstration, load, read_index
 
 
@@ -34,36 +37,49 @@ class Recordings:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """frames (B, V, S, S, 3) uint8; state (B, A), actions (B, C, A) normalised; target_m (B, 3) the object's place."""
-
-    frames: Tensor
-    state: Tensor
-    actions: Tensor
-    target_m: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Steps:
-    """All steps of some demonstrations, one after the other. last: (N,) the index of the last step of one's own.
+    """All steps of some demonstrations, one after the other: a `Source`. last: (N,) the index of one's own last step.
 
-    frames (N, V, S, S, 3) uint8, state (N, A), action (N, A) float32 normalised and unified, target_m (N, 3) float32.
+    frames (N, V, S, S, 3) uint8, state (N, A), action (N, A) float32 normalised and unified, cube_m (N, 3) float32.
+    moved: (A,) bool, the robot's action slots. prompt: of the one instruction, which is `task`.
     """
 
-    frames: Tensor
-    state: Tensor
-    action: Tensor
-    target_m: Tensor
-    last: Tensor
+    frames: NDArray[np.uint8]
+    state: NDArray[np.float32]
+    action: NDArray[np.float32]
+    cube_m: NDArray[np.float32]
+    last: NDArray[np.int64]
+    moved: NDArray[np.bool_]
+    chunk: int
+    prompt: Prompt
+    embodiment: str
+    task: str
+    name: str = "demonstrations"
+    kind: Kind = "simulation"
 
     def __len__(self) -> int:
         return len(self.last)
 
-    def batch(self, indices: Tensor, chunk: int) -> Batch:
-        """The observations at `indices` (B,) with the chunks that follow; past the end the last row repeats: the robot
-        stays where the demonstration left it."""
-        rows = torch.minimum(indices[:, None] + torch.arange(chunk), self.last[indices, None])
-        return Batch(self.frames[indices], self.state[indices], self.action[rows], self.target_m[indices])
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Every step alike."""
+        return np.ones(len(self))
+
+    def sample(self, index: int, generator: np.random.Generator) -> Sample:  # noqa: ARG002 (a Source's signature)
+        """The step and the chunk that follows; past the end the last row repeats and counts: the robot stays where the
+        demonstration left it."""
+        rows = np.minimum(index + np.arange(self.chunk), self.last[index])
+        return Sample(
+            frames=np.moveaxis(self.frames[index], -1, -3),
+            state=self.state[index],
+            actions=self.action[rows],
+            valid=np.broadcast_to(self.moved, (self.chunk, UNIFIED_DIM)),
+            prompt=self.prompt,
+            embodiment=self.embodiment,
+            task=self.task,
+            kind=self.kind,
+            extra={PLACE: self.cube_m[index]},
+        )
 
 
 def read_recordings(folder: Path, robot: Embodiment, image_size: int) -> Recordings:
@@ -124,7 +140,7 @@ def measure_statistics(demonstrations: Sequence[Demonstration], robot: Embodimen
     )
 
 
-def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLanguage) -> Steps:
+def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLanguage, instruction: str) -> Steps:
     """Demonstrations in the network's terms, by the very code that translates for the robot."""
     robot = language.embodiment
     state = np.concatenate([d.state_rad for d in demonstrations])
@@ -132,11 +148,16 @@ def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLang
     lengths = np.array([len(d) for d in demonstrations])
     normalised = language.normalise_state(_split(state, robot.state))
     return Steps(
-        frames=torch.from_numpy(np.concatenate([d.frames for d in demonstrations])),
-        state=torch.from_numpy(_unify(robot.state, normalised)),
-        action=torch.from_numpy(language.encode(_split(action, robot.action))),
-        target_m=torch.from_numpy(np.concatenate([d.cube_m for d in demonstrations])),
-        last=torch.from_numpy(np.repeat(np.cumsum(lengths) - 1, lengths)),
+        frames=np.concatenate([d.frames for d in demonstrations]),
+        state=_unify(robot.state, normalised),
+        action=language.encode(_split(action, robot.action)),
+        cube_m=np.concatenate([d.cube_m for d in demonstrations]),
+        last=np.repeat(np.cumsum(lengths) - 1, lengths),
+        moved=action_slots(robot).numpy(),
+        chunk=language.settings.chunk,
+        prompt=language.prompt(instruction),
+        embodiment=robot.name,
+        task=instruction,
     )
 
 

@@ -20,6 +20,12 @@ def demonstrate() -> Callable[[int], Demonstration]:
 
 
 @pytest.fixture(scope="session")
+def demonstrate_at() -> Callable[[int, int], Demonstration]:
+    """Makes the demonstration of a seed with frames of another size."""
+    return synthetic_demonstration
+
+
+@pytest.fixture(scope="session")
 def write_folder() -> Callable[[Path, list[Demonstration]], None]:
     """Writes demonstrations into a folder, as the collector leaves them."""
     return write_demonstrations
@@ -54,15 +60,15 @@ def tiny_recipe() -> Recipe:
         delays=3,
     )
     fitting = Fitting(steps=20, batch=16, draws=2, warm_up_steps=5, peak_rate=5e-3, report_steps=10, threads=1)
-    return Recipe("so101", "tiny", seed=3, network=network, fitting=fitting)
+    return Recipe("tiny", seed=3, embodiment="so101", network=network, fitting=fitting)
 
 
-def synthetic_demonstration(seed: int) -> Demonstration:
+def synthetic_demonstration(seed: int, size: int = IMAGE_SIZE) -> Demonstration:
     """The dot stands somewhere; the arm goes there in a straight line."""
     rng = np.random.default_rng(seed)
     place = rng.uniform(-1, 1, 3).astype(np.float32)
-    frames = np.full((STEPS, 2, IMAGE_SIZE, IMAGE_SIZE, 3), 90, np.uint8)
-    row, column = ((place[:2] + 1) / 2 * (IMAGE_SIZE - 6)).astype(int)
+    frames = np.full((STEPS, 2, size, size, 3), 90, np.uint8)
+    row, column = ((place[:2] + 1) / 2 * (size - 6)).astype(int)
     frames[:, :, row : row + 6, column : column + 6] = (220, 30, 20)
     share = np.linspace(0, 1, STEPS, dtype=np.float32)[:, None]
     action = share * np.tile(place, 2) * 0.5

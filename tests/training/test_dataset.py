@@ -5,22 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.schema import load_embodiment
 from onbeat.training.dataset import (
     DatasetError,
+    Steps,
     action_slots,
     check_demonstration,
     measure_statistics,
     read_recordings,
     split_recordings,
 )
-from onbeat.training.train import Prepared, prepare
+from onbeat.training.prepare import Prepared, prepare
 
 ROBOT = load_embodiment("so101")
-IMAGE_SIZE, STEPS = 28, 20  # of the synthetic demonstrations
+IMAGE_SIZE, STEPS, JOINTS = 28, 20, 6  # of the synthetic demonstrations
 
 
 @pytest.fixture
@@ -100,21 +100,25 @@ def test_statistics_are_those_of_the_numbers(demonstrate) -> None:
 
 def test_a_chunk_starts_at_its_observation_and_repeats_the_last_row(prepared: Prepared) -> None:
     """Observation 18 of 20 has rows 18, 19, 19, 19: never a row of the next demonstration."""
-    batch = prepared.data.batch(torch.tensor([STEPS - 2, STEPS]), chunk=4)
-    action = prepared.data.action
-    assert torch.equal(batch.actions[0], action[[STEPS - 2, STEPS - 1, STEPS - 1, STEPS - 1]])
-    assert torch.equal(batch.actions[1], action[STEPS : STEPS + 4])
-    assert torch.equal(batch.state, prepared.data.state[[STEPS - 2, STEPS]])
-    assert batch.frames.dtype == torch.uint8
+    steps, generator = prepared.sources[0], np.random.default_rng(0)
+    assert isinstance(steps, Steps)
+    last, first = (steps.sample(index, generator) for index in (STEPS - 2, STEPS))
+    assert (last.actions == steps.action[[STEPS - 2, STEPS - 1, STEPS - 1, STEPS - 1]]).all()
+    assert (first.actions == steps.action[STEPS : STEPS + 4]).all()
+    assert last.valid.sum() == 4 * JOINTS, "a repeated row counts: the robot stays where it is"
+    assert (last.state == steps.state[STEPS - 2]).all()
+    assert (np.moveaxis(last.frames, -3, -1) == steps.frames[STEPS - 2]).all()
+    assert last.frames.dtype == np.uint8
 
 
 def test_numbers_stand_in_the_slots_of_the_robot_within_the_range(prepared: Prepared) -> None:
-    slots = action_slots(ROBOT)
-    assert slots.nonzero().flatten().tolist() == [18, 50, 51, 52, 53, 54]
-    assert bool((prepared.data.action[:, ~slots] == 0).all())
-    assert bool((prepared.data.state[:, ~slots] == 0).all())
-    assert prepared.data.action[:, slots].amin(0).tolist() == pytest.approx([-1.0] * 6, abs=1e-5)
-    assert prepared.data.action[:, slots].amax(0).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
+    steps, slots = prepared.sources[0], action_slots(ROBOT).numpy()
+    assert isinstance(steps, Steps)
+    assert slots.nonzero()[0].tolist() == [18, 50, 51, 52, 53, 54]
+    assert (steps.action[:, ~slots] == 0).all()
+    assert (steps.state[:, ~slots] == 0).all()
+    assert steps.action[:, slots].min(0).tolist() == pytest.approx([-1.0] * 6, abs=1e-5)
+    assert steps.action[:, slots].max(0).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
 
 
 def test_what_is_learnt_decodes_to_what_was_done(prepared: Prepared, demonstrations: Path, tiny_recipe) -> None:
@@ -123,7 +127,9 @@ def test_what_is_learnt_decodes_to_what_was_done(prepared: Prepared, demonstrati
         tiny_recipe.fitting.held_out,
         tiny_recipe.seed,
     )
-    decoded = prepared.language.decode(prepared.data.action.numpy())
-    assert prepared.language.embodiment.flatten(decoded) == pytest.approx(
+    steps, language = prepared.sources[0], prepared.languages["so101"]
+    assert isinstance(steps, Steps)
+    decoded = language.decode(steps.action)
+    assert language.embodiment.flatten(decoded) == pytest.approx(
         np.concatenate([d.action_rad for d in fitted]), abs=1e-6
     )
