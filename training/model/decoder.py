@@ -4,6 +4,7 @@ The understanding stream (und) carries text and image tokens, the action stream 
 The sequence is causal and the actions come last, so the prefix is computed once and only its keys and values are kept.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from onbeat.training.config import DecoderConfig, ExpertsConfig, StreamConfig
 from onbeat.training.model.experts import Experts, Route, Router, choose
 from onbeat.training.model.feed_forward import GatedFeedForward
+from onbeat.training.model.packing import Shape, join, split, stack, unstack
 
 # B batch, N prefix tokens (the state token included), D draws per prefix, C chunk rows,
 # H query heads, G key-value heads, X head width, W stream width.
@@ -170,8 +172,27 @@ def attend(queries: Tensor, cache: KeysValues, mask: Tensor | None) -> Tensor:
     return result.transpose(1, 2).flatten(2)
 
 
+class Place(NamedTuple):
+    """One group of prefixes. shape: (B, N - 1) of its und tokens; index: where the state token stands among them."""
+
+    shape: Shape
+    index: int
+    by: Rotation
+
+
+class Seen(NamedTuple):
+    """What the actions of a group may look at: its cache, and a mask (T, N + T) over it and themselves."""
+
+    cache: KeysValues
+    by: Rotation
+    mask: Tensor
+
+
 class Layer(nn.Module):
-    """One layer: both streams' weights. routed: whether its actions take experts."""
+    """One layer: both streams' weights. routed: whether its actions take experts.
+
+    Groups of prefixes of different lengths pass together: see packing.py. One group is the usual case.
+    """
 
     def __init__(self, config: DecoderConfig, *, routed: bool = False) -> None:
         super().__init__()
@@ -179,43 +200,74 @@ class Layer(nn.Module):
         experts = config.experts if routed else None
         self.gen = Stream(config, config.gen) if experts is None else RoutedStream(config, experts)
 
-    def forward(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> tuple[Tensor, Tensor, KeysValues]:
-        """The prefix: und tokens (B, N - 1, W) with the state token (B, 1, W) standing at `index` among them."""
+    def forward(
+        self, und: Tensor, state: Tensor, places: Sequence[Place]
+    ) -> tuple[Tensor, Tensor, list[KeysValues]]:
+        """The prefixes: und tokens joined from (B, N - 1, W), state tokens (sum of B, 1, W); a cache per group."""
         normed = self.und.input_layernorm(und), self.gen.input_layernorm(state)
-        cache = self._keys_values(*normed, index, by)
-        queries = insert_token(self.und.queries(normed[0]), self.gen.queries(normed[1]), index)
-        attended = attend(rotate(queries.transpose(1, 2), by), cache, None)
-        und = self.und.finish(und, remove_token(attended, index))
-        return und, self.gen.finish(state, attended[:, index : index + 1]), cache
+        caches = self._keys_values(*normed, places)
+        queries = self._interleave(self.und.queries(normed[0]), self.gen.queries(normed[1]), places)
+        attended = [
+            attend(rotate(own.transpose(1, 2), place.by), cache, None)
+            for own, cache, place in zip(queries, caches, places, strict=True)
+        ]
+        others = join([remove_token(group, place.index) for group, place in zip(attended, places, strict=True)])
+        states = stack([group[:, p.index : p.index + 1] for group, p in zip(attended, places, strict=True)])
+        return self.und.finish(und, others), self.gen.finish(state, states), caches
 
-    def prefix_cache(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> KeysValues:
-        """What alone is needed of the last layer: keys and values of the prefix."""
-        return self._keys_values(self.und.input_layernorm(und), self.gen.input_layernorm(state), index, by)
+    def prefix_cache(self, und: Tensor, state: Tensor, places: Sequence[Place]) -> list[KeysValues]:
+        """What alone is needed of the last layer: keys and values of the prefixes."""
+        return self._keys_values(self.und.input_layernorm(und), self.gen.input_layernorm(state), places)
 
-    def advance(self, x: Tensor, cache: KeysValues, by: Rotation, mask: Tensor) -> Advanced:
-        """The actions: gen tokens (B, T, W) that see the cache and, as the mask allows, each other."""
+    def advance(self, x: Tensor, seen: Sequence[Seen]) -> Advanced:
+        """The actions: gen tokens (sum of B, T, W) that see their group's cache and, as its mask allows, each other."""
         normed = self.gen.input_layernorm(x)
-        keys = rotate(self.gen.keys(normed).transpose(1, 2), by)
-        values = self.gen.values(normed).transpose(1, 2)
-        queries = rotate(self.gen.queries(normed).transpose(1, 2), by)
-        seen = KeysValues(torch.cat([cache.keys, keys], dim=2), torch.cat([cache.values, values], dim=2))
-        attended = attend(queries, seen, mask)
+        sizes = [len(group.cache.keys) for group in seen]
+        own = (unstack(t, sizes) for t in (self.gen.queries(normed), self.gen.keys(normed), self.gen.values(normed)))
+        attended = stack([look(*tokens) for tokens in zip(*own, seen, strict=True)])
         if isinstance(self.gen, RoutedStream):
-            assert cache.router is not None, "the prefix was made without this layer's router"
-            return self.gen.finish_actions(x, attended, cache.router)
+            scores = [group.cache.router for group in seen if group.cache.router is not None]
+            assert len(scores) == len(seen), "the prefix was made without this layer's router"
+            return self.gen.finish_actions(x, attended, stack(scores))
         return Advanced(self.gen.finish(x, attended), None)
 
-    def _keys_values(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> KeysValues:
-        keys = insert_token(self.und.keys(und), self.gen.keys(state), index)
-        values = insert_token(self.und.values(und), self.gen.values(state), index)
-        return KeysValues(rotate(keys.transpose(1, 2), by), values.transpose(1, 2), self._read_prefix(und, index))
+    def _keys_values(self, und: Tensor, state: Tensor, places: Sequence[Place]) -> list[KeysValues]:
+        keys = self._interleave(self.und.keys(und), self.gen.keys(state), places)
+        values = self._interleave(self.und.values(und), self.gen.values(state), places)
+        scores = self._read_prefixes(und, places)
+        return [
+            KeysValues(rotate(k.transpose(1, 2), place.by), v.transpose(1, 2), score)
+            for k, v, score, place in zip(keys, values, scores, places, strict=True)
+        ]
 
-    def _read_prefix(self, und: Tensor, index: int) -> Tensor | None:
-        """The router's scores of the prefix (B, E), from its last token as it enters the layer, after the norm."""
+    @staticmethod
+    def _interleave(und: Tensor, state: Tensor, places: Sequence[Place]) -> list[Tensor]:
+        """Und tokens and state tokens to whole prefixes (B, N, ...), group by group."""
+        groups = zip(_split_und(und, places), _split_state(state, places), places, strict=True)
+        return [insert_token(others, token, place.index) for others, token, place in groups]
+
+    def _read_prefixes(self, und: Tensor, places: Sequence[Place]) -> Sequence[Tensor | None]:
+        """The router's scores of each group's prefixes (B, E), from the last token as it enters the layer, normed."""
         if not isinstance(self.gen, RoutedStream):
-            return None
-        assert index < und.shape[1], f"the state token, at {index}, ends the prefix: the router reads what follows it"
-        return self.gen.router(und[:, -1])
+            return [None] * len(places)
+        for place in places:
+            assert place.index < place.shape[1], f"the state token, at {place.index}, ends what the router reads"
+        return _split_state(self.gen.router(stack([group[:, -1] for group in _split_und(und, places)])), places)
+
+
+def _split_und(tokens: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    return split(tokens, [place.shape for place in places])
+
+
+def _split_state(rows: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    return unstack(rows, [place.shape[0] for place in places])
+
+
+def look(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
+    """Attention of one group's actions, (B, T, heads, X) each, to what they may see: (B, T, H x X)."""
+    keys = torch.cat([seen.cache.keys, rotate(keys.transpose(1, 2), seen.by)], dim=2)
+    values = torch.cat([seen.cache.values, values.transpose(1, 2)], dim=2)
+    return attend(rotate(queries.transpose(1, 2), seen.by), KeysValues(keys, values), seen.mask)
 
 
 class Decoder(nn.Module):
@@ -240,28 +292,46 @@ class Decoder(nn.Module):
         """The layers, with their type."""
         return list(self.layers)  # pyright: ignore[reportReturnType]
 
-    def encode_prefix(self, und: Tensor, state: Tensor, index: int) -> list[KeysValues]:
-        """und (B, N - 1, W) and the state token (B, 1, W), which stands at `index` of N, to one cache per layer."""
-        by = self.rotary(torch.arange(und.shape[1] + 1, device=und.device))
-        caches: list[KeysValues] = []
+    def encode_prefixes(
+        self, und: Sequence[Tensor], state: Sequence[Tensor], indices: Sequence[int]
+    ) -> list[list[KeysValues]]:
+        """Per group: und (B, N - 1, W) and the state token (B, 1, W), which stands at `index` of N, to a cache per
+        layer."""
+        places = [self.place(group, index) for group, index in zip(und, indices, strict=True)]
+        tokens, states = join(und), stack(state)
+        caches: list[list[KeysValues]] = []
         *layers, last = self.stack
         for layer in layers:
-            und, state, cache = layer(und, state, index, by)
+            tokens, states, cache = layer(tokens, states, places)
             caches.append(cache)
-        return [*caches, last.prefix_cache(und, state, index, by)]
+        caches.append(last.prefix_cache(tokens, states, places))
+        return [list(group) for group in zip(*caches, strict=True)]
 
-    def advance(self, features: Tensor, caches: list[KeysValues]) -> tuple[Tensor, list[Route]]:
-        """Action features (B, D, C, W) of D independent draws to the normed output of the action stream, same shape,
-        and the routes of the layers that have experts."""
+    def encode_prefix(self, und: Tensor, state: Tensor, index: int) -> list[KeysValues]:
+        """`encode_prefixes` of one group."""
+        return self.encode_prefixes([und], [state], [index])[0]
+
+    def advance(self, features: Tensor, caches: Sequence[list[KeysValues]]) -> tuple[Tensor, list[Route]]:
+        """Action features (sum of B, D, C, W) of D independent draws, each group with its cache, to the normed output
+        of the action stream, same shape, and the routes of the layers that have experts."""
         draws, chunk = features.shape[1:3]
-        length = caches[0].keys.shape[2]
-        by = self.rotary((length + torch.arange(chunk, device=features.device)).repeat(draws))
-        mask = draw_mask(length, draws, chunk, features.device)
+        views = [self._view(cache[0], draws, chunk) for cache in caches]
         x, routes = features.flatten(1, 2), list[Route]()
-        for layer, cache in zip(self.stack, caches, strict=True):
-            x, route = layer.advance(x, cache, by, mask)
+        for layer, *groups in zip(self.stack, *caches, strict=True):
+            seen = [Seen(cache, *view) for cache, view in zip(groups, views, strict=True)]
+            x, route = layer.advance(x, seen)
             routes += [] if route is None else [route]
         return self.norm["gen"](x).unflatten(1, (draws, chunk)), routes
+
+    def place(self, und: Tensor, index: int) -> Place:
+        """The place of a group whose und tokens are (B, N - 1, W)."""
+        batch, others = und.shape[:2]
+        return Place((batch, others), index, self.rotary(torch.arange(others + 1, device=und.device)))
+
+    def _view(self, cache: KeysValues, draws: int, chunk: int) -> tuple[Rotation, Tensor]:
+        length, device = cache.keys.shape[2], cache.keys.device
+        by = self.rotary((length + torch.arange(chunk, device=device)).repeat(draws))
+        return by, draw_mask(length, draws, chunk, device)
 
 
 def draw_mask(length: int, draws: int, chunk: int, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """The whole network: views, text and state to a cache; noisy actions and the cache to a velocity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from onbeat.training.model.decoder import Decoder, KeysValues, RmsNorm, RoutedSt
 from onbeat.training.model.experts import Routing, summarise
 from onbeat.training.model.gating import ManifoldGate
 from onbeat.training.model.heads import UNIFIED, ActionEncoder, TwoLayers
+from onbeat.training.model.packing import stack, unstack
 from onbeat.training.model.vision import Layer as VisionLayer
 from onbeat.training.model.vision import VisionTower
 
@@ -21,6 +22,16 @@ from onbeat.training.model.vision import VisionTower
 
 Cache = list[KeysValues]
 Refine = Callable[[Tensor], Tensor]
+
+
+class Prefix(NamedTuple):
+    """What precedes the actions of one group of observations. See `Policy.encode_prefix`."""
+
+    pixel_values: Tensor
+    token_ids: Tensor
+    image_start: int
+    state_index: int
+    state: Tensor
 
 
 class Flow(NamedTuple):
@@ -55,8 +66,13 @@ class Policy(nn.Module):
 
     def encode_views(self, pixel_values: Tensor) -> Tensor:
         """Normalised views (B, V, 3, S, S) to image tokens (B, V x tokens_per_view, und width)."""
-        tokens = self.connector(self.vit_model(pixel_values.flatten(0, 1)))
-        return tokens.unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
+        return self.encode_images([pixel_values])[0]
+
+    def encode_images(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        """`encode_views` of several groups, whose numbers of views may differ, in one pass."""
+        tokens = self.connector(self.vit_model(stack([group.flatten(0, 1) for group in groups])))
+        parts = unstack(tokens, [group.shape[0] * group.shape[1] for group in groups])
+        return [part.unflatten(0, group.shape[:2]).flatten(1, 2) for part, group in zip(parts, groups, strict=True)]
 
     def embed_prefix(self, image_tokens: Tensor, token_ids: Tensor, image_start: int, state_index: int) -> Tensor:
         """Und tokens in order, without the state token: (B, N - 1, und width).
@@ -81,8 +97,15 @@ class Policy(nn.Module):
 
         pixel_values (B, V, 3, S, S) normalised, token_ids (B, N), state (B, A) normalised and unified.
         """
-        und = self.embed_prefix(self.encode_views(pixel_values), token_ids, image_start, state_index)
-        return self.language_model.encode_prefix(und, self.state_encoder(state).unsqueeze(1), state_index)
+        return self.encode_prefixes([Prefix(pixel_values, token_ids, image_start, state_index, state)])[0]
+
+    def encode_prefixes(self, prefixes: Sequence[Prefix]) -> list[Cache]:
+        """`encode_prefix` of several groups, whose views and lengths may differ, in one pass: a cache for each."""
+        images = self.encode_images([prefix.pixel_values for prefix in prefixes])
+        und = [self.embed_prefix(views, *prefix[1:4]) for views, prefix in zip(images, prefixes, strict=True)]
+        states = self.state_encoder(stack([prefix.state for prefix in prefixes])).unsqueeze(1)
+        sizes, indices = [len(prefix.state) for prefix in prefixes], [prefix.state_index for prefix in prefixes]
+        return self.language_model.encode_prefixes(und, unstack(states, sizes), indices)
 
     def velocity(self, cache: Cache, actions: Tensor, bucket: Tensor, refine: Refine | None = None) -> Tensor:
         """Velocity (B, D, C, A) of noisy actions (B, D, C, A) at time buckets (B, D, C).
@@ -93,15 +116,21 @@ class Policy(nn.Module):
 
     def flow(self, cache: Cache, actions: Tensor, bucket: Tensor, refine: Refine | None = None) -> Flow:
         """As `velocity`, with what the routers did."""
+        return self.flows([cache], actions, bucket, refine)
+
+    def flows(
+        self, caches: Sequence[Cache], actions: Tensor, bucket: Tensor, refine: Refine | None = None
+    ) -> Flow:
+        """`flow` of several groups in one pass: of all but the caches, the groups' parts one after the other."""
         features = self.action_encoder(actions, bucket)
-        return self._decode(cache, features if refine is None else refine(features))
+        return self._decode(caches, features if refine is None else refine(features))
 
     def decode_velocity(self, cache: Cache, features: Tensor) -> Tensor:
         """Action features (B, D, C, E) to velocities (B, D, C, A)."""
-        return self._decode(cache, features).velocity
+        return self._decode([cache], features).velocity
 
-    def _decode(self, cache: Cache, features: Tensor) -> Flow:
-        tokens, routes = self.language_model.advance(features, cache)
+    def _decode(self, caches: Sequence[Cache], features: Tensor) -> Flow:
+        tokens, routes = self.language_model.advance(features, caches)
         return Flow(self.action_decoder(tokens), summarise(routes, len(features)) if routes else None)
 
 
