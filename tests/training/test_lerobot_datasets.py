@@ -88,8 +88,7 @@ def test_what_is_said_of_episodes_comes_back(dataset: Dataset) -> None:
     assert [e.extra for e in dataset.episodes] == [{"seed": 40 + n, "start": "home"} for n in range(3)]
     assert dataset.episodes[0].tasks == ("reach",)
     assert dataset.episodes[1].tasks == ("reach", "grasp")
-    assert dataset.task(1, 5) == "reach"
-    assert dataset.task(1, 6) == "grasp"
+    assert dataset.told(1, 4) == ["reach", "reach", "grasp"]
     assert dataset.info.robot_type == "so101"
     assert dataset.feature(DEPTH).is_depth
     assert dataset.feature("action").names == ["a", "b"]

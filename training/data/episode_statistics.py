@@ -22,8 +22,10 @@ def number_statistics(values: NDArray[Any]) -> Figures:
 
 
 def image_statistics(frames: NDArray[Any]) -> Figures:
-    """Of colour frames (T, H, W, 3) in 0..1: each figure (3, 1, 1). Of depth (T, H, W) in its own unit, thrice the same, since
-    LeRobot wants three of every image."""
+    """Of colour frames (T, H, W, 3) in 0..1: each figure (3, 1, 1).
+
+    Of depth (T, H, W) in its own unit, thrice the same, since LeRobot wants three of every image.
+    """
     taken = frames[np.unique(np.linspace(0, len(frames) - 1, IMAGES, dtype=int)), ::PIXEL_STRIDE, ::PIXEL_STRIDE]
     if taken.ndim == 3:
         taken = np.repeat(taken[..., None], 3, axis=-1)

@@ -94,13 +94,16 @@ class Dataset:
         near = abs(time_s - own_s) <= max(TOLERANCE_S, 1e-6 * own_s)
         return self._videos.reader(span.path).read(span.start_s + (own_s if near else time_s))
 
-    def task(self, episode: int, frame: int) -> str:
-        """What the robot was told at that frame."""
-        number = int(self.numbers(episode, TASK, frame, frame + 1)[0, 0])
-        if number not in self.tasks:
-            taken = self.episodes[episode]
-            raise DataError(f"{taken.data} row {taken.first_row + frame}: task {number} is not in {self.folder}/meta")
-        return self.tasks[number]
+    def told(self, episode: int, start: int = 0, stop: int | None = None) -> list[str]:
+        """What the robot was told in rows [start, stop) of an episode. Raises DataError for a task that has no text."""
+        taken, numbers = self.episodes[episode], self.numbers(episode, TASK, start, stop)[:, 0].tolist()
+        unknown = [row for row, number in enumerate(numbers) if number not in self.tasks]
+        if unknown:
+            row, number = taken.first_row + start + unknown[0], numbers[unknown[0]]
+            raise DataError(
+                f"{taken.data} row {row}: task {number} has no text in {self.folder / TASKS[self.info.version]}"
+            )
+        return [self.tasks[number] for number in numbers]
 
     def stream(self, names: Sequence[str]) -> Iterator[Block]:
         """Numeric columns of all rows in the order of the files, no more than a row group in memory at a time."""

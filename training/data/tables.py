@@ -102,13 +102,13 @@ def stream_groups(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
 
 def to_numbers(rows: pa.ChunkedArray, name: str, feature: Feature, path: Path, first_row: int) -> NDArray[Any]:
     """A numeric column as (n, width) in the feature's type. Raises DataError naming the first row of another width."""
-    flat, expected = rows.combine_chunks() if isinstance(rows, pa.ChunkedArray) else rows, feature.shape
+    flat, expected = rows.combine_chunks(), feature.shape
     if pa.types.is_nested(rows.type) or expected != (1,):
         _check_width(rows, name, expected, path, first_row)
     while pa.types.is_nested(flat.type):
-        flat = pc.list_flatten(flat)
+        flat = flat.flatten()
     if flat.null_count:
-        row = int(np.flatnonzero(np.asarray(pc.is_null(flat)))[0]) // feature.width
+        row = int(np.flatnonzero(np.asarray(flat.is_null()))[0]) // feature.width
         raise DataError(f"{path} row {first_row + row}: '{name}' is empty: record that episode again or leave it out")
     values = np.asarray(flat.to_numpy(zero_copy_only=False), dtype=feature.dtype)
     if values.size != len(rows) * feature.width:
@@ -131,7 +131,7 @@ def check_finite(values: NDArray[Any], name: str, path: Path, first_row: int) ->
 def _check_width(rows: pa.ChunkedArray, name: str, shape: tuple[int, ...], path: Path, first_row: int) -> None:
     if not pa.types.is_nested(rows.type):
         raise DataError(f"{path} row {first_row}: '{name}' has 1 number, not {shape}: meta/info.json says so")
-    lengths = np.asarray(pc.fill_null(pc.list_value_length(rows), shape[0]))
+    lengths = np.asarray(pc.call_function("list_value_length", [rows]).fill_null(0))
     odd = np.flatnonzero(lengths != shape[0])
     if odd.size:
         raise DataError(

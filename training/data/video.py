@@ -44,7 +44,9 @@ class VideoWriter:
         self._rate = Fraction(fps).limit_denominator(1001)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(path), "w")
-        self._stream = self._container.add_stream(chosen.codec, rate=self._rate, options=dict(chosen.options))
+        stream = self._container.add_stream(chosen.codec, rate=self._rate, options=dict(chosen.options))
+        assert isinstance(stream, av.VideoStream), stream
+        self._stream = stream
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, chosen.pixels
         self._stream.codec_context.thread_count = 1
 
@@ -118,7 +120,7 @@ class VideoReader:
             if frame.time >= time_s - tolerance_s:
                 if frame.time > time_s + tolerance_s:
                     break
-                return frame.to_ndarray(format="rgb24")
+                return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
         last = "no frame at all" if self._decoded_s is None else f"one at {self._decoded_s:.4f} s"
         self._decoded_s = None
         raise DataError(
