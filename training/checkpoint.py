@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.training.config import PolicyConfig
-from onbeat.training.config_file import load_config, save_config
+from onbeat.training.config_file import CONFIG_FILE, load_config, save_config
 from onbeat.training.model.policy import Policy
 
 WEIGHTS_FILE = "model.safetensors"
@@ -103,6 +103,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 )
             tensors[name] = tensor
     return tensors
+
+
+def companions(folder: Path) -> list[Path]:
+    """What a checkpoint has besides its network: tokenizer and statistics, in the folder or in experiment_cfg."""
+    found = [path for sub in (folder, folder / "experiment_cfg") for path in sorted(sub.glob("*"))]
+    return [path for path in found if path.suffix in (".json", ".txt") and path.name != CONFIG_FILE]
 
 
 def publish_name(name: str) -> str:

@@ -2,14 +2,13 @@
 
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from onbeat.training.checkpoint import save_checkpoint
+from onbeat.training.checkpoint import companions, save_checkpoint
 from onbeat.training.config import (
     ACTIVATIONS,
     DecoderConfig,
@@ -143,13 +142,9 @@ def write_random_checkpoint(folder: Path, seed: int, like: Path, config: PolicyC
     like: a checkpoint folder whose tokenizer and metadata are copied. config: None draws one from the seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in _companions(like):
+    for path in companions(like):
         shutil.copy(path, folder / path.name)
     config = config or random_config(seed, load_config(like).decoder.vocabulary)
     policy = random_policy(config, seed)
     save_checkpoint(policy, folder)
     return policy
-
-
-def _companions(like: Path) -> Sequence[Path]:
-    return [path for path in like.glob("*") if path.suffix in (".json", ".txt") and path.name != "config.json"]

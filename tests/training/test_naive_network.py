@@ -8,6 +8,7 @@ phases: float32 is part of the rules there, and its rounding alone can move acti
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ from torch import Tensor
 from onbeat.runtime.engine import PolicyInputs
 from onbeat.training.checkpoint import publish_name
 from onbeat.training.config import DecoderConfig, StreamConfig
+from onbeat.training.model import decoder as decoder_module
+from onbeat.training.model.adapters import SlotAdapter
+from onbeat.training.model.decoder import Layer, RoutedStream
+from onbeat.training.model.experts import Route, Router
 from onbeat.training.model.policy import Policy
 from onbeat.training.model.vision import normalise_views
 from onbeat.training.random_checkpoint import random_config, random_policy
@@ -25,6 +30,7 @@ from onbeat.training.torch_engine import build_engine
 TOLERANCE = 1e-5  # on actions near 1
 VOCABULARY = 60
 
+Function = Callable[..., Any]
 ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "swish": lambda x: x / (1 + torch.exp(-x)),
@@ -247,3 +253,65 @@ def test_cached_network_equals_the_naive_one(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8, 24))
 def test_cached_network_equals_the_naive_one_at_full_length(seed: int) -> None:
     assert compare(seed, {}) <= TOLERANCE
+
+
+# Mistakes in a mixture of experts, made in the real code: each moves the actions of some network.
+
+
+def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[[Function], Function]) -> None:
+    patch.setattr(owner, name, change(getattr(owner, name)))
+
+
+def rechoose(patch: pytest.MonkeyPatch, change: Callable[[Route], Route]) -> None:
+    wrap(patch, decoder_module, "choose", lambda choose: lambda *arguments: change(choose(*arguments)))
+
+
+def weights_not_renormalised(patch: pytest.MonkeyPatch) -> None:
+    rechoose(patch, lambda route: route._replace(weights=route.logits.softmax(-1).gather(-1, route.chosen)))
+
+
+def weights_all_equal(patch: pytest.MonkeyPatch) -> None:
+    rechoose(patch, lambda route: route._replace(weights=torch.full_like(route.weights, 1 / route.weights.shape[-1])))
+
+
+def experts_swapped(patch: pytest.MonkeyPatch) -> None:
+    rechoose(patch, lambda route: route._replace(chosen=route.chosen.flip(-1)))
+
+
+def router_reads_the_token_before(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Layer, "_read_prefixes", lambda read: lambda self, und, places: read(self, und.roll(1, 1), places))
+
+
+def router_reads_before_the_norm(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Router, "forward", lambda read: lambda self, x: read(self, 2 * x))
+
+
+def state_through_experts(patch: pytest.MonkeyPatch) -> None:
+    def finish(self: RoutedStream, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.experts[0](self.post_attention_layernorm(x))
+
+    patch.setattr(RoutedStream, "finish", finish)
+
+
+def adapters_forgotten(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, SlotAdapter, "rows", lambda rows: lambda self: 0 * rows(self))
+
+
+MISTAKES = [
+    weights_not_renormalised,
+    weights_all_equal,
+    experts_swapped,
+    router_reads_the_token_before,
+    router_reads_before_the_norm,
+    state_through_experts,
+    adapters_forgotten,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_the_mixture(mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake(monkeypatch)
+    worst = max(compare(seed, {"num_inference_timesteps": 1}) for seed in (3, 18))
+    assert worst > 10 * TOLERANCE

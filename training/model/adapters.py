@@ -30,7 +30,7 @@ class SlotAdapter(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(slots, width))
         self.bias = nn.Parameter(torch.zeros(slots)) if bias else None
-        self.register_buffer("active", torch.ones(slots, dtype=torch.bool), persistent=False)
+        self.register_buffer("active", torch.ones(slots, dtype=torch.bool, device="cpu"), persistent=False)
 
     def rows(self) -> Tensor:
         """The weight, to be trained in the active slots alone."""
