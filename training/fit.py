@@ -21,7 +21,7 @@ from onbeat.training.losses import warm_up_cosine
 from onbeat.training.model.policy import Policy
 from onbeat.training.model.sampler import choose_sampler, sample_chunk
 from onbeat.training.model.vision import normalise_views
-from onbeat.training.objective import Answered, Asked, Objective, encode
+from onbeat.training.objective import Answered, Asked, Objective
 from onbeat.training.parallel import clip_gradients, follow, gather, global_sum, rank, shard, whole
 from onbeat.training.recipe import Fitting, Recipe
 from onbeat.training.recompute import recompute_layers
@@ -103,8 +103,7 @@ class Fit:
         draws = self.objective.draw(robots_of(groups), generator, jitter=0.0)
         with whole(self.average):
             asked = [self.objective.ask(group.to(self.device), draws) for group in groups]
-            answers = [self._answer(self.average, part) for part in asked]
-            means = self.objective.means(answers, self.objective.count(asked, together=False))
+            means = self.objective.means(self._answer(self.average, asked), self.objective.count(asked, together=False))
             sampled = [self.sample(part.group, generator) for part in asked]
         return Validation(means.flow.item(), means.text.item(), means.place.item(), groups, sampled)
 
@@ -114,7 +113,8 @@ class Fit:
         group = group.to(self.device)
         sampler = choose_sampler(self.average.config)
         noise = torch.randn((sampler.iterations, *group.actions.shape), generator=generator).to(self.device)
-        cache = encode(self.average, group, normalise_views(group.frames.movedim(-3, -1)))
+        pixels = normalise_views(group.frames.movedim(-3, -1))
+        cache = self.average.encode_prefix(pixels, group.token_ids, group.image_start, group.state_index, group.state)
         return sample_chunk(self.average, cache, sampler, noise).actions.cpu()
 
     def save(self, folder: Path) -> None:
@@ -141,15 +141,15 @@ class Fit:
         counts = self.objective.count([asked for part in parts for asked in part])
         losses = torch.zeros(4, device=self.device)
         for part in parts:
-            answers = [self._answer(self.policy, asked) for asked in part]
-            means = self.objective.means(answers, counts)
-            balance = self.objective.balance(answers) / len(parts)
+            answered = self._answer(self.policy, part)
+            means = self.objective.means(answered, counts)
+            balance = self.objective.balance(answered.routing) / len(parts)
             self.objective.weigh(means, balance).backward()
             losses += torch.stack([*means, balance]).detach()
-            self.answers += answers
+            self.answers.append(answered)
         return losses
 
-    def _answer(self, policy: Policy, asked: Asked) -> Answered:
+    def _answer(self, policy: Policy, asked: Sequence[Asked]) -> Answered:
         half = self.fitting.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             return self.objective.answer(policy, asked)

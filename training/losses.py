@@ -39,19 +39,16 @@ class Drawn(NamedTuple):
     """What one step draws for each observation. noise (B, D, C, A) float32, time (B, D) in [0, 1], delay (B, D) int64.
 
     plain: (B, D) bool, the draws that meet the gate as the sampler's first iteration does, without a correction.
-    directions: (M, H) raw, of the gate's cost, one set per step; None where there is no gate.
     """
 
     noise: Tensor
     time: Tensor
     delay: Tensor
-    plain: Tensor | None = None
-    directions: Tensor | None = None
+    plain: Tensor
 
     def rows(self, rows: Tensor, device: torch.device) -> "Drawn":
         """Those of some observations, on a device."""
-        cut = (None if field is None else field[rows].to(device) for field in self[:4])
-        return Drawn(*cut, None if self.directions is None else self.directions.to(device))  # pyright: ignore
+        return Drawn(*(field[rows].to(device) for field in self))
 
 
 def draw_flow(
@@ -61,11 +58,12 @@ def draw_flow(
     delays: Delays,
     generator: torch.Generator,
 ) -> Drawn:
-    """Noise, times and delays of a batch whose robots are `embodiments` (B); size: (D, C, A)."""
-    batch, draws = len(embodiments), size[0]
-    noise = torch.randn((batch, *size), generator=generator)
-    time = distribution.times((batch, draws), generator)
-    return Drawn(noise, time, delays.draw(embodiments, draws, generator))
+    """Of a batch whose robots are `embodiments` (B); size: (D, C, A). No draw is plain."""
+    shape = len(embodiments), size[0]
+    noise = torch.randn((len(embodiments), *size), generator=generator)
+    time = distribution.times(shape, generator)
+    delay = delays.draw(embodiments, size[0], generator)
+    return Drawn(noise, time, delay, torch.zeros(shape, dtype=torch.bool))
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,14 @@ def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
     device = torch.device(recipe.fitting.device)
     place = place_question(recipe, policy, prepared)
     views = max(len(language.settings.views) for language in prepared.languages.values())
-    objective = Objective(policy.config, recipe.fitting, prepared.moved.to(device), views, place and place.to(device))
+    objective = Objective(
+        policy.config,
+        recipe.fitting,
+        moved=prepared.moved.to(device),
+        views=views,
+        place=place and place.to(device),
+        asks_words=any(source.kind == "vision_language" for source in prepared.sources),
+    )
     feed = Feed(prepared.sources, prepared.order, recipe.seed, recipe.fitting.loaders)
     return Fit(recipe, policy, feed, objective)
 

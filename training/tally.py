@@ -4,7 +4,7 @@ L layers with experts, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,13 +14,13 @@ from onbeat.training.objective import Answered
 
 @dataclass(slots=True)
 class Share:
-    """Sums over the observations of one robot or task. use: (L, E); entropy: in nats, mean over layers."""
+    """Sums over the observations of one robot or task. observations: those routed; use: (L, E); entropy: in nats."""
 
     error: float = 0.0
     counted: float = 0.0
     observations: int = 0
     entropy: float = 0.0
-    use: Tensor | None = field(default=None)
+    use: Tensor | None = None
 
 
 class Tally:
@@ -32,32 +32,33 @@ class Tally:
     def add(self, answers: Sequence[Answered]) -> None:
         """Count one step's answers in."""
         for answered in answers:
-            self._add_group(answered)
+            self._add(answered)
 
     def take(self) -> dict[str, float]:
         """The means since the last call, by the names that TensorBoard shows."""
         shares, self._shares = self._shares, {}
         return {name: value for label, share in shares.items() for name, value in _means(label, share).items()}
 
-    def _add_group(self, answered: Answered) -> None:
-        group, task = answered.asked.group, answered.asked.task
-        errors = answered.errors.flow.detach().tolist()
-        counted = task.counted.flatten(1).sum(1).tolist()
-        for row, (robot, name) in enumerate(zip(group.embodiments, group.tasks, strict=True)):
-            for label in (robot, f"{robot}/{name}"):
+    def _add(self, answered: Answered) -> None:
+        errors, entries = answered.errors.flow.tolist(), answered.entries.flow.tolist()
+        names = [pair for group in answered.groups for pair in zip(group.embodiments, group.tasks, strict=True)]
+        entropy, use = _routes(answered)
+        for row, (robot, task) in enumerate(names):
+            for label in (robot, f"{robot}/{task}"):
                 share = self._shares.setdefault(label, Share())
                 share.error += errors[row]
-                share.counted += counted[row]
-                share.observations += 1
-                _add_routing(share, answered, row)
+                share.counted += entries[row]
+                if row < len(entropy):
+                    share.observations += 1
+                    share.entropy += entropy[row]
+                    share.use = use[row] if share.use is None else share.use + use[row]
 
 
-def _add_routing(share: Share, answered: Answered, row: int) -> None:
+def _routes(answered: Answered) -> tuple[list[float], Tensor]:
+    """Of each observation that was routed: entropy, mean over layers, and use (B, L, E)."""
     if answered.routing is None:
-        return
-    share.entropy += float(answered.routing.entropy[:, row].mean())
-    use = answered.routing.use[:, row].detach().cpu()
-    share.use = use if share.use is None else share.use + use
+        return [], torch.empty(0)
+    return answered.routing.entropy.mean(0).tolist(), answered.routing.use.detach().cpu().transpose(0, 1)
 
 
 def _means(label: str, share: Share) -> dict[str, float]:
@@ -65,6 +66,6 @@ def _means(label: str, share: Share) -> dict[str, float]:
     if share.use is None:
         return means
     means[f"routing_entropy/{label}"] = share.entropy / share.observations
-    for layer, row in enumerate(torch.atleast_2d(share.use / share.observations).tolist()):
+    for layer, row in enumerate((share.use / share.observations).tolist()):
         means |= {f"expert_use/{label}/layer{layer}/expert{expert}": part for expert, part in enumerate(row)}
     return means

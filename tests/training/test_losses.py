@@ -30,7 +30,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def task_of(actions: torch.Tensor, noise: float, time: float, delay: int = 0, **masks: torch.Tensor) -> FlowTask:
     """One observation of one draw; actions (C, A)."""
-    drawn = Drawn(torch.full((1, 1, *actions.shape), noise), torch.tensor([[time]]), torch.tensor([[delay]]))
+    noises = torch.full((1, 1, *actions.shape), noise)
+    drawn = Drawn(noises, torch.tensor([[time]]), torch.tensor([[delay]]), torch.tensor([[False]]))
     valid = masks.get("valid", torch.ones_like(actions, dtype=torch.bool))
     moved = masks.get("moved", torch.ones(actions.shape[1], dtype=torch.bool))
     return flow_task(actions[None], valid[None], moved, drawn)

@@ -1,40 +1,38 @@
 """What the understanding stream says: the tokens after a prefix, for samples that ask it a question in words."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onbeat.training.model.policy import Policy
+from onbeat.training.model.packing import join, split, stack
+from onbeat.training.model.policy import Policy, Prefix
 
-# B batch, V views, S image side, N prefix tokens, T answer tokens, A = 200 slots, W vocabulary.
+# B observations of a group, N prefix tokens, T answer tokens, H width of the understanding stream, W vocabulary.
 
 
-def answer_logits(
-    policy: Policy,
-    pixel_values: Tensor,
-    token_ids: Tensor,
-    image_start: int,
-    state_index: int,
-    state: Tensor,
-    answer: Tensor,
-) -> Tensor:
-    """Logits (B, T, W) of each answer token, given the prefix and the answer tokens before it.
+def answer_logits(policy: Policy, prefixes: Sequence[Prefix], answers: Sequence[Tensor]) -> list[Tensor]:
+    """Logits (B, T, W) of each group's answer tokens, given the prefix and the answer tokens before.
 
-    pixel_values (B, V, 3, S, S) normalised, token_ids (B, N), state (B, A), answer (B, T), any valid token as padding.
+    answers: (B, T) each, T >= 1, any token as padding.
     """
-    ids = torch.cat([token_ids, answer[:, :-1]], dim=1)
-    images = policy.encode_views(pixel_values)
-    und = policy.embed_prefix(images, ids, image_start, state_index)
-    hidden = _through(policy, und, policy.state_encoder(state).unsqueeze(1), state_index)
+    groups = list(zip(prefixes, answers, strict=True))
+    said = [prefix._replace(token_ids=torch.cat([prefix.token_ids, answer[:, :-1]], 1)) for prefix, answer in groups]
     decoder = policy.language_model
     head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
-    return F.linear(hidden[:, -answer.shape[1] :], head.weight)
+    hidden = zip(_understand(policy, said), answers, strict=True)
+    return [F.linear(tokens[:, -answer.shape[1] :], head.weight) for tokens, answer in hidden]
 
 
-def _through(policy: Policy, und: Tensor, state: Tensor, index: int) -> Tensor:
-    """Every layer, the last one whole, and the final norm: (B, tokens without the state, H)."""
+def _understand(policy: Policy, prefixes: Sequence[Prefix]) -> list[Tensor]:
+    """Every layer, the last one whole, and the final norm: (B, N - 1, H), without the state's token."""
     decoder = policy.language_model
-    places = [decoder.place(und, index)]
+    images = policy.encode_images([prefix.pixel_values for prefix in prefixes])
+    und = [policy.embed_prefix(views, *prefix[1:4]) for views, prefix in zip(images, prefixes, strict=True)]
+    states = policy.state_encoder(stack([prefix.state for prefix in prefixes])).unsqueeze(1)
+    places = [decoder.place(group, prefix.state_index) for group, prefix in zip(und, prefixes, strict=True)]
+    tokens = join(und)
     for layer in decoder.stack:
-        und, state, _ = layer(und, state, places)
-    return decoder.norm["und"](und)
+        tokens, states, _ = layer(tokens, states, places)
+    return split(decoder.norm["und"](tokens), [place.shape for place in places])
