@@ -57,10 +57,9 @@ def test_an_upcycled_policy_acts_as_the_dense_one(dense: Path, routing: str, top
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "routing"), [("torch", "observation"), ("torch", "token"), ("onnx", "observation")])
-def test_upcycled_checkpoints_reproduce_every_recorded_case(
-    golden: Path, tmp_path: Path, backend: str, routing: str
-) -> None:
+@pytest.mark.parametrize("how", ["torch observation", "torch token", "onnx observation"])
+def test_upcycled_checkpoints_reproduce_every_recorded_case(golden: Path, tmp_path: Path, how: str) -> None:
+    backend, routing = how.split()
     cases = Path(shutil.copytree(golden, tmp_path / "cases", ignore=shutil.ignore_patterns("unit_*", "checkpoint")))
     for name in ("ckpt_a1", "ckpt_a2"):
         experts = replace(EXPERTS, routing=routing)
