@@ -138,8 +138,36 @@ def test_several_robots_are_variants_of_the_embodiment(tmp_path: Path) -> None:
     assert measured.variants["so102"].action["gripper"]["max"] == pytest.approx(wanted["max"])
 
 
-def _renamed(folder: Path) -> Path:
+FOUR_JOINTS = (
+    ("[0:5]", "[0:4]"),
+    (', "wrist_roll"]', "]"),
+    (", -2.74385]", "]"),
+    (", 2.84121]", "]"),
+    ("[3.0, 3.0, 3.0, 3.0, 3.0]", "[3.0, 3.0, 3.0, 3.0]"),
+    ("[20.0, 20.0, 20.0, 20.0, 20.0]", "[20.0, 20.0, 20.0, 20.0]"),
+)
+
+
+def test_a_key_of_two_widths_has_no_merged_statistics(tmp_path: Path) -> None:
+    first = open_arm(write_arm(tmp_path / "one", [["lift"] * 9]))
+    other = load_embodiment(_renamed(tmp_path, *FOUR_JOINTS))
+    features = {"observation.state": Feature("float32", (5,)), "action": Feature("float32", (5,))}
+    with DatasetWriter(tmp_path / "two", fps=10, features=features) as writer:
+        writer.add_episode({name: np.zeros((3, 5), np.float32) for name in features}, "lift")
+    columns = read_columns({"views": {}}, other, (), features, "here")
+    second = RobotData(open_dataset(tmp_path / "two"), other, columns)
+    measured = measure_data("both", [first, second], chunk=4)
+    assert set(measured.merged.action) == {"gripper"}
+    assert len(measured.variants["so102"].action["arm_joints"]["max"]) == 4
+    assert len(measured.variants["so101"].action["arm_joints"]["max"]) == 5
+
+
+def _renamed(folder: Path, *changes: tuple[str, str]) -> Path:
+    """The SO-101's file under another name, its text changed."""
     assert SO101.source is not None
+    text = SO101.source.read_text(encoding="utf-8")
+    for old, new in changes:
+        text = text.replace(old, new)
     path = folder / "so102.toml"
-    path.write_text(SO101.source.read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path

@@ -103,7 +103,7 @@ def test_every_source_is_within_one_of_its_share_at_any_moment() -> None:
 
 
 def test_frames_near_events_come_as_often_as_they_are_boosted() -> None:
-    source = Fake("arm", "robot", 1000, boosts={i: 4.0 for i in range(100)})
+    source = Fake("arm", "robot", 1000, boosts=dict.fromkeys(range(100), 4.0))
     drawn = np.concatenate([mixture(Proportions(), [source], batch=10).indices(epoch)[:, 1] for epoch in range(20)])
     counts = np.bincount(drawn, minlength=1000)
     assert counts[:100].mean() / counts[100:].mean() == pytest.approx(4.0, rel=0.02)

@@ -5,14 +5,14 @@ V views, S image side, C chunk rows, A = 200 unified slots, N samples.
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.embodiment.robot import Embodiment, StateKey
+from onbeat.embodiment.robot import Embodiment
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.kernels.image import resize_and_crop
 from onbeat.runtime.language import PolicyLanguage
@@ -51,6 +51,7 @@ class RobotSource:
         self._starts = np.cumsum([0, *(data.dataset.episodes[e].length for e in self.episodes)])
         self._slots = action_slots(data.robot)
         self._prompt = lru_cache(maxsize=4096)(language.prompt)
+        self.weights = self._weigh()
         self._frames = self._decode_all() if in_memory else None
 
     @property
@@ -59,15 +60,6 @@ class RobotSource:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    @cached_property
-    def weights(self) -> NDArray[np.float64]:
-        """(N,): 1, or the largest boost of the events in the sample's chunk."""
-        weights = np.ones(len(self))
-        for mark, boost in self.boosts.items():
-            found = np.concatenate([self._share(episode, mark) > 0 for episode in self.episodes])
-            weights = np.maximum(weights, np.where(found, boost, 1.0))
-        return weights
 
     def sample(self, index: int, generator: np.random.Generator) -> Sample:  # noqa: ARG002 (a Source's signature)
         """The frame `index` and its chunk. Raises DataError, naming file and row, where the data is damaged."""
@@ -92,6 +84,14 @@ class RobotSource:
     def _locate(self, index: int) -> tuple[int, int]:
         place = int(np.searchsorted(self._starts, index, "right")) - 1
         return self.episodes[place], index - int(self._starts[place])
+
+    def _weigh(self) -> NDArray[np.float64]:
+        """(N,): 1, or the largest boost of the events in the sample's chunk."""
+        weights = np.ones(len(self))
+        for mark, boost in self.boosts.items():
+            found = np.concatenate([self._share(episode, mark) > 0 for episode in self.episodes])
+            weights = np.maximum(weights, np.where(found, boost, 1.0))
+        return weights
 
     def _views(self, episode: int, frame: int) -> NDArray[np.uint8]:
         columns, size = self.data.columns.views, self.language.settings.image_size
@@ -133,9 +133,7 @@ class QuestionSource:
 
     def __init__(self, path: Path, language: PolicyLanguage, *, name: str | None = None) -> None:
         self.path, self.language, self.name = path, language, name or path.stem
-        self._rows = [_check_question(row, f"{path} row {number}") for number, row in enumerate(_read_lines(path))]
-        if not self._rows:
-            raise DataError(f"{path} holds no question: give some, or leave the source out")
+        self._rows = read_questions(path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -187,14 +185,18 @@ class QuestionSource:
 
 def action_slots(robot: Embodiment) -> NDArray[np.bool_]:
     """Which of the unified action slots the robot uses: (A,) bool."""
-    return _used(robot.action)
-
-
-def _used(keys: Sequence[StateKey]) -> NDArray[np.bool_]:
     used = np.zeros(UNIFIED_DIM, bool)
-    for key in keys:
+    for key in robot.action:
         used[key.start : key.stop] = True
     return used
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """Every question of a file: "images", "question", "answer". Raises DataError."""
+    rows = [_check_question(row, f"{path} row {number}") for number, row in enumerate(_read_lines(path))]
+    if not rows:
+        raise DataError(f"{path} holds no question: give some, or leave the source out")
+    return rows
 
 
 def _check_boosts(boosts: Mapping[str, float], data: RobotData) -> dict[str, float]:

@@ -25,6 +25,7 @@ from onbeat.training.data.robot_data import RobotData
 
 OUTER = 0.01  # the quantile that is kept of either end
 TASK, EMBODIMENT = "task", "embodiment"
+MIXED = -1  # width of a key that robots have in different widths
 
 Rows = NDArray[np.floating[Any]]
 
@@ -159,23 +160,27 @@ def measure_data(
 
 
 class _Ledger:
-    """A Measure per variant, side and key. rows: an upper bound per variant."""
+    """A Measure per variant, side and key. rows: an upper bound per variant.
+
+    Of several robots, one name may mean different numbers: what differs in width has no merged statistics.
+    """
 
     def __init__(self, rows: Mapping[str, int]) -> None:
         self._rows = rows
-        self._measures: dict[tuple[str, str, str], Measure] = {}
+        self._measures: dict[tuple[str, str, str, int], Measure] = {}
+        self._widths: dict[tuple[str, str, str], int] = {}
 
     def add(self, variant: str, side: str, values: Mapping[str, Rows]) -> None:
         for key, rows in values.items():
-            known = self._measures.get((variant, side, key))
-            if known is None:
-                known = self._measures[variant, side, key] = Measure(self._rows[variant])
-            known.add(rows)
+            place = variant, side, key
+            if self._widths.setdefault(place, rows.shape[1]) != rows.shape[1]:
+                self._widths[place] = MIXED
+            self._measures.setdefault((*place, rows.shape[1]), Measure(self._rows[variant])).add(rows)
 
     def statistics(self, dataset: str, variant: str) -> Statistics:
         sides: dict[str, dict[str, KeyStatistics]] = {"state": {}, "action": {}}
-        for (own, side, key), measure in self._measures.items():
-            if own == variant:
+        for (own, side, key, width), measure in self._measures.items():
+            if own == variant and self._widths[own, side, key] == width:
                 sides[side][key] = measure.result()
         return Statistics(dataset, variant, sides["state"], sides["action"])
 
