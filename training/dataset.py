@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.metadata import MERGED, Statistics, measure
@@ -20,8 +18,10 @@ from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.language import PolicyLanguage
 from onbeat.runtime.prompt import Prompt
 from onbeat.training.auxiliary import PLACE
+from onbeat.training.data.reader import open_dataset
 from onbeat.training.data.sample import Kind, Sample
-from onbeat.training.demonstrations import Demonstration, load, read_index
+from onbeat.training.data.sources import action_slots
+from onbeat.training.demonstrations import Demonstration, read_demonstrations
 
 
 class DatasetError(OnbeatError):
@@ -83,30 +83,28 @@ class Steps:
 
 
 def read_recordings(folder: Path, robot: Embodiment, image_size: int) -> Recordings:
-    """Read and check a folder. Raises DatasetError or DemonstrationsError."""
+    """Read and check a folder. Raises DatasetError or DataError."""
     unmeant = [key.name for key in robot.action if key.kind != ABSOLUTE]
     if unmeant:
         raise DatasetError(f"action '{unmeant[0]}' of {robot.name} is not absolute: train on absolute actions")
-    index = read_index(folder)
-    demonstrations = []
-    for name in index["files"]:
-        demonstration = load(folder / name)
-        check_demonstration(demonstration, folder / name, robot, image_size)
-        demonstrations.append(demonstration)
-    if not demonstrations:
-        raise DatasetError(f"{folder} holds no demonstration: collect some")
-    return Recordings(index["instruction"], tuple(demonstrations))
+    instructions = list(open_dataset(folder).tasks.values())
+    if len(instructions) != 1:
+        raise DatasetError(f"{folder} has {len(instructions)} tasks: name it under [data] of the recipe instead")
+    demonstrations = read_demonstrations(folder)
+    for number, demonstration in enumerate(demonstrations):
+        check_demonstration(demonstration, f"{folder} episode {number}", robot, image_size)
+    return Recordings(instructions[0], tuple(demonstrations))
 
 
-def check_demonstration(demonstration: Demonstration, path: Path, robot: Embodiment, image_size: int) -> None:
-    """Raise DatasetError, naming file and step, unless shapes fit and every number is finite."""
+def check_demonstration(demonstration: Demonstration, where: str, robot: Embodiment, image_size: int) -> None:
+    """Raise DatasetError, naming place and step, unless shapes fit and every number is finite."""
     frames = (len(robot.views), image_size, image_size, 3)
     if demonstration.frames.shape[1:] != frames or demonstration.frames.dtype != np.uint8:
         found = f"{demonstration.frames.dtype} {demonstration.frames.shape[1:]}"
-        raise DatasetError(f"{path}: frames are {found}, not uint8 {frames}: collect them at image_size")
-    _check_rows(f"{path}: state_rad", demonstration.state_rad, _width(robot.state))
-    _check_rows(f"{path}: action_rad", demonstration.action_rad, _width(robot.action))
-    _check_rows(f"{path}: cube_m", demonstration.cube_m, 3)
+        raise DatasetError(f"{where}: frames are {found}, not uint8 {frames}: collect them at image_size")
+    _check_rows(f"{where}: state_rad", demonstration.state_rad, _width(robot.state))
+    _check_rows(f"{where}: action_rad", demonstration.action_rad, _width(robot.action))
+    _check_rows(f"{where}: cube_m", demonstration.cube_m, 3)
 
 
 def _check_rows(what: str, rows: NDArray[Any], width: int) -> None:
@@ -153,20 +151,12 @@ def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLang
         action=language.encode(_split(action, robot.action)),
         cube_m=np.concatenate([d.cube_m for d in demonstrations]),
         last=np.repeat(np.cumsum(lengths) - 1, lengths),
-        moved=action_slots(robot).numpy(),
+        moved=action_slots(robot),
         chunk=language.settings.chunk,
         prompt=language.prompt(instruction),
         embodiment=robot.name,
         task=instruction,
     )
-
-
-def action_slots(robot: Embodiment) -> Tensor:
-    """Which of the unified action slots the robot uses: (A,) bool."""
-    used = torch.zeros(UNIFIED_DIM, dtype=torch.bool)
-    for key in robot.action:
-        used[key.start : key.stop] = True
-    return used
 
 
 def _width(keys: Sequence[StateKey]) -> int:

@@ -44,9 +44,7 @@ def measure_step(fit: Fit) -> float:
 def _data_lines(fit: Fit, prepared: Prepared) -> list[str]:
     held_out = sum(len(source) for source in prepared.held_out)
     epochs = fit.fitting.steps * fit.fitting.batch / sum(len(source) for source in prepared.sources)
-    rows = [f"{'source':24} {'kind':16} {'robot':16} {'samples':>10}"]
-    rows += [f"{s.name:24} {s.kind:16} {s.embodiment:16} {len(s):>10,}" for s in prepared.sources]
-    return [*rows, f"{held_out:,} samples held out; {epochs:.1f} epochs"]
+    return [prepared.table, f"{held_out:,} samples held out; {epochs:.1f} times as many draws as samples"]
 
 
 def _part_lines(rows: Sequence[PartRow]) -> list[str]:

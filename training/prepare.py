@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from onbeat.embodiment.metadata import save_statistics
+from onbeat.embodiment.metadata import MERGED, save_statistics
+from onbeat.embodiment.robot import Embodiment
 from onbeat.embodiment.schema import load_embodiment
 from onbeat.runtime.language import PolicyLanguage
 from onbeat.training.auxiliary import PlaceQuestion
+from onbeat.training.config import PolicyConfig
 from onbeat.training.config_file import save_config
+from onbeat.training.data.catalogue import DataSettings, open_catalogue
+from onbeat.training.data.mixture import Mixture, plan_mixture
 from onbeat.training.data.sample import Source
 from onbeat.training.dataset import (
     Steps,
-    action_slots,
     assemble_steps,
     measure_statistics,
     read_recordings,
@@ -26,12 +29,11 @@ from onbeat.training.dataset import (
 )
 from onbeat.training.feed import EpochOrder, Feed, Order
 from onbeat.training.fit import Fit
-from onbeat.training.model.policy import Policy, create_policy
+from onbeat.training.model.policy import Policy
 from onbeat.training.objective import Objective
-from onbeat.training.recipe import Recipe, RecipeError
+from onbeat.training.recipe import Recipe
+from onbeat.training.start import continued_policy, copy_tokenizer, slots_of, start_policy
 from onbeat.training.text import fit_tokenizer, write_tokenizer
-
-FIRST_VELOCITY = 0.1  # deviations: the decoder starts by saying little rather than something wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,34 +41,49 @@ class Prepared:
     """All that a run needs before its first step.
 
     held_out: what is validated on, source by source. languages: by embodiment, for the robot and for training alike.
-    moved: (A,) bool, the action slots of any robot of the run. vocabulary: rows of the embedding.
+    vocabulary: rows of the embedding. table: what is trained on, for people.
     """
 
     sources: Sequence[Source]
     order: Order
     held_out: Sequence[Source]
     languages: Mapping[str, PolicyLanguage]
-    moved: Tensor
     vocabulary: int
+    table: str
+
+    @property
+    def robots(self) -> list[Embodiment]:
+        return [language.embodiment for language in self.languages.values()]
+
+    @property
+    def state_slots(self) -> Tensor:
+        """(A,) bool, of any robot of the run."""
+        return slots_of(key for robot in self.robots for key in robot.state)
+
+    @property
+    def action_slots(self) -> Tensor:
+        """(A,) bool, of any robot of the run."""
+        return slots_of(key for robot in self.robots for key in robot.action)
 
 
 def prepare(recipe: Recipe, data: Path, out: Path) -> Prepared:
-    """Read the data and write the checkpoint's tokenizer, statistics and config.json into `out`."""
+    """Read the data and write the checkpoint's tokenizer, statistics and config.json into `out`.
+
+    data: the folder of demonstrations, where the recipe has no [data].
+    """
     out.mkdir(parents=True, exist_ok=True)
-    return prepare_demonstrations(recipe, data, out)
+    if recipe.data is None:
+        return prepare_demonstrations(recipe, data, out)
+    return prepare_mixture(recipe, recipe.data, out)
 
 
 def prepare_demonstrations(recipe: Recipe, data: Path, out: Path) -> Prepared:
     """One robot, its demonstrations all in memory."""
-    if not recipe.embodiment:
-        raise RecipeError("a recipe without [data] is of one robot's demonstrations: name the robot as embodiment")
     robot = load_embodiment(recipe.embodiment)
     recordings = read_recordings(data, robot, recipe.network.image_size)
     fitted, held_out = split_recordings(recordings.demonstrations, recipe.fitting.held_out, recipe.seed)
-    tokenizer = fit_tokenizer(sentences(recipe, [recordings.instruction]))
-    write_tokenizer(tokenizer, out)
+    config = write_companions(recipe, [recordings.instruction], out)
     save_statistics(measure_statistics(fitted, robot, recipe.dataset), out)
-    save_config(recipe.network.configure(tokenizer.get_vocab_size(), recipe.delays), out)
     language = PolicyLanguage.from_folder(out, embodiment=robot, dataset=recipe.dataset)
     steps = assemble_steps(fitted, language, recordings.instruction)
     return Prepared(
@@ -74,9 +91,47 @@ def prepare_demonstrations(recipe: Recipe, data: Path, out: Path) -> Prepared:
         EpochOrder(len(steps), recipe.fitting.batch, recipe.seed),
         [assemble_steps(held_out, language, recordings.instruction)],
         {robot.name: language},
-        action_slots(robot),
-        tokenizer.get_vocab_size(),
+        config.decoder.vocabulary,
+        f"{len(fitted)} demonstrations of {robot.name} in {data}, {len(steps):,} steps",
     )
+
+
+def prepare_mixture(recipe: Recipe, data: DataSettings, out: Path) -> Prepared:
+    """Datasets of one robot or several, hands, and questions in words."""
+    catalogue = open_catalogue(data, held_out=recipe.fitting.held_out, seed=recipe.seed)
+    config = write_companions(recipe, catalogue.texts(), out)
+    catalogue.measure(recipe.dataset, config.chunk).save(out)
+    robots, batch = catalogue.robots, recipe.fitting.batch
+    languages = {name: speak(recipe, robot, out, len(robots)) for name, robot in robots.items()}
+    sources = catalogue.sources(languages)
+    plan = plan_mixture(sources, data.proportions, batch)
+    return Prepared(
+        sources,
+        Mixture(sources, plan, batch=batch, seed=recipe.seed),
+        catalogue.held_out(languages),
+        languages,
+        config.decoder.vocabulary,
+        plan.table(),
+    )
+
+
+def write_companions(recipe: Recipe, texts: Sequence[str], out: Path) -> PolicyConfig:
+    """Tokenizer and config.json: fitted to the texts and the recipe, or those of the checkpoint that is continued."""
+    if recipe.start_from:
+        copy_tokenizer(Path(recipe.start_from), out)
+        config = continued_policy(recipe).config
+    else:
+        tokenizer = fit_tokenizer(sentences(recipe, texts))
+        write_tokenizer(tokenizer, out)
+        config = recipe.network.configure(tokenizer.get_vocab_size(), recipe.delays)
+    save_config(config, out)
+    return config
+
+
+def speak(recipe: Recipe, robot: Embodiment, out: Path, robots: int) -> PolicyLanguage:
+    """A robot's language, by its own statistics where there are several robots."""
+    variant = robot.name if robots > 1 else MERGED
+    return PolicyLanguage.from_folder(out, embodiment=robot, dataset=recipe.dataset, variant=variant)
 
 
 def sentences(recipe: Recipe, instructions: Sequence[str]) -> list[str]:
@@ -86,15 +141,14 @@ def sentences(recipe: Recipe, instructions: Sequence[str]) -> list[str]:
 
 def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
     """A run at step 0."""
-    policy = fresh_policy(recipe, prepared)
     device = torch.device(recipe.fitting.device)
+    policy = start_policy(recipe, prepared.vocabulary, prepared.state_slots, prepared.action_slots)
     place = place_question(recipe, policy, prepared)
-    views = max(len(language.settings.views) for language in prepared.languages.values())
     objective = Objective(
         policy.config,
         recipe.fitting,
-        moved=prepared.moved.to(device),
-        views=views,
+        moved=moved_slots(policy, prepared).to(device),
+        views=max(len(language.settings.views) for language in prepared.languages.values()),
         place=place and place.to(device),
         asks_words=any(source.kind == "vision_language" for source in prepared.sources),
     )
@@ -102,20 +156,10 @@ def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
     return Fit(recipe, policy, feed, objective)
 
 
-def fresh_policy(recipe: Recipe, prepared: Prepared) -> Policy:
-    """Random weights that keep the variance of what passes, and no weight into or out of slots that no data moves.
-
-    With those at zero, and their inputs zero in training, they stay so: noise in unused slots never reaches an action.
-    """
-    policy = create_policy(recipe.network.configure(prepared.vocabulary, recipe.delays), recipe.seed)
-    with torch.no_grad():
-        for module in policy.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.weight.mul_(module.weight[0].numel() ** -0.5 / module.weight.std())
-        policy.action_encoder.W1.weight[:, ~prepared.moved] = 0
-        policy.action_decoder.layer2.weight[~prepared.moved] = 0
-        policy.action_decoder.layer2.weight.mul_(FIRST_VELOCITY)
-    return policy
+def moved_slots(policy: Policy, prepared: Prepared) -> Tensor:
+    """(A,) bool: the slots of the run's robots, and those that the network reads already, which are never silent."""
+    reads = (policy.action_encoder.W1.weight != 0).any(0)
+    return prepared.action_slots | reads
 
 
 def place_question(recipe: Recipe, policy: Policy, prepared: Prepared) -> PlaceQuestion | None:

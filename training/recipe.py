@@ -18,6 +18,7 @@ from onbeat.training.config import (
     StreamConfig,
     VisionConfig,
 )
+from onbeat.training.data.catalogue import DataSettings
 from onbeat.training.freezing import Frozen, check_frozen
 from onbeat.training.sections import SectionError, read_section
 
@@ -173,14 +174,16 @@ WATCHING = ("threads", "report_steps", "loaders")  # what may change when a run 
 class Recipe:
     """One training run. dataset: the name under which the checkpoint carries its statistics.
 
-    embodiment: the robot of demonstrations in memory; sources in [data] name theirs. start_from: a checkpoint folder
-    whose weights, tokenizer and sizes are taken; of [network] its experts, gate and adapters are then added to it.
+    embodiment: the robot of demonstrations in memory; without it, [data] names datasets and their robots.
+    start_from: a checkpoint folder whose weights, tokenizer and sizes are taken; of [network], experts, gate and
+    adapters are then added to it.
     """
 
     dataset: str
     seed: int
     embodiment: str = ""
     start_from: str = ""
+    data: DataSettings | None = None
     network: Network = Network()
     fitting: Fitting = Fitting()
     frozen: Frozen = field(default_factory=Frozen)
@@ -226,6 +229,8 @@ def load_recipe(path: Path) -> Recipe:
 def parse_recipe(document: Mapping[str, Any], where: str) -> Recipe:
     """The recipe of a TOML document. Raises RecipeError."""
     recipe = read_section(Recipe, document, where)
+    if bool(recipe.embodiment) == (recipe.data is not None):
+        raise RecipeError(f"{where}: give either embodiment, for demonstrations in memory, or [data]")
     _check_fitting(recipe.fitting, f"{where}: [fitting]")
     check_frozen(recipe.frozen, f"{where}: [frozen]")
     return recipe

@@ -8,10 +8,10 @@ import pytest
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.schema import load_embodiment
+from onbeat.training.data.sources import action_slots
 from onbeat.training.dataset import (
     DatasetError,
     Steps,
-    action_slots,
     check_demonstration,
     measure_statistics,
     read_recordings,
@@ -112,7 +112,7 @@ def test_a_chunk_starts_at_its_observation_and_repeats_the_last_row(prepared: Pr
 
 
 def test_numbers_stand_in_the_slots_of_the_robot_within_the_range(prepared: Prepared) -> None:
-    steps, slots = prepared.sources[0], action_slots(ROBOT).numpy()
+    steps, slots = prepared.sources[0], action_slots(ROBOT)
     assert isinstance(steps, Steps)
     assert slots.nonzero()[0].tolist() == [18, 50, 51, 52, 53, 54]
     assert (steps.action[:, ~slots] == 0).all()
