@@ -1,13 +1,12 @@
 """A tiny task that any network can learn: synthetic demonstrations of an SO-101 whose arm goes to a coloured dot."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from onbeat.training.demonstrations import FORMAT, VERSION, Demonstration, save
+from onbeat.training.demonstrations import Demonstration, write_demonstrations
 from onbeat.training.recipe import Fitting, Network, Recipe
 
 IMAGE_SIZE, STEPS, JOINTS = 28, 20, 6
@@ -28,14 +27,14 @@ def demonstrate_at() -> Callable[[int, int], Demonstration]:
 @pytest.fixture(scope="session")
 def write_folder() -> Callable[[Path, list[Demonstration]], None]:
     """Writes demonstrations into a folder, as the collector leaves them."""
-    return write_demonstrations
+    return write_synthetic
 
 
 @pytest.fixture(scope="session")
 def demonstrations(tmp_path_factory) -> Path:
     """A folder of six demonstrations."""
     folder = tmp_path_factory.mktemp("demonstrations")
-    write_demonstrations(folder, [synthetic_demonstration(seed) for seed in range(6)])
+    write_synthetic(folder, [synthetic_demonstration(seed) for seed in range(6)])
     return folder
 
 
@@ -76,10 +75,6 @@ def synthetic_demonstration(seed: int, size: int = IMAGE_SIZE) -> Demonstration:
     return Demonstration(frames, state, action, np.tile(place, (STEPS, 1)), seed=seed, start="home")
 
 
-def write_demonstrations(folder: Path, demonstrations: list[Demonstration]) -> None:
+def write_synthetic(folder: Path, demonstrations: list[Demonstration]) -> None:
     """As the collector leaves them."""
-    files = [f"lift_{d.seed:06d}_0.npz" for d in demonstrations]
-    for name, demonstration in zip(files, demonstrations, strict=True):
-        save(demonstration, folder / name)
-    index = {"format": FORMAT, "version": VERSION, "instruction": "touch the dot", "files": files}
-    (folder / "index.json").write_text(json.dumps(index))
+    write_demonstrations(folder, demonstrations, "touch the dot")

@@ -1,9 +1,12 @@
 """Demonstrations in the network's terms: what is refused, and which rows a chunk holds."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from onbeat.embodiment.errors import OnbeatError
@@ -35,22 +38,23 @@ def test_a_folder_without_demonstrations_is_refused(folder: str, tmp_path: Path)
         read_recordings(tmp_path / folder, ROBOT, IMAGE_SIZE)
 
 
-def test_an_index_of_no_files_is_refused(tmp_path: Path, write_folder) -> None:
-    write_folder(tmp_path, [])
-    with pytest.raises(DatasetError, match="no demonstration"):
-        read_recordings(tmp_path, ROBOT, IMAGE_SIZE)
-
-
 @pytest.mark.parametrize("name", ["state_rad", "action_rad", "cube_m"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_number_that_is_not_finite_is_named_by_file_and_step(
-    name: str, value: float, tmp_path: Path, demonstrate, write_folder
-) -> None:
+def test_a_number_that_is_not_finite_is_named_by_place_and_step(name: str, value: float, demonstrate) -> None:
     demonstration = demonstrate(0)
     getattr(demonstration, name)[7, 1] = value
-    write_folder(tmp_path, [demonstration])
-    with pytest.raises(DatasetError, match=rf"lift_000000_0.npz: {name} is not finite at step 7"):
-        read_recordings(tmp_path, ROBOT, IMAGE_SIZE)
+    with pytest.raises(DatasetError, match=f"here: {name} is not finite at step 7"):
+        check_demonstration(demonstration, "here", ROBOT, IMAGE_SIZE)
+
+
+def test_demonstrations_of_two_tasks_belong_into_a_recipe_with_data(demonstrations: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    shutil.copytree(demonstrations, folder)
+    tasks = folder / "meta/tasks.parquet"
+    table = pq.read_table(tasks)
+    pq.write_table(pa.concat_tables([table, table.set_column(0, "task_index", pa.array([1]))]), tasks)
+    with pytest.raises(DatasetError, match=r"has 2 tasks: name it under \[data\]"):
+        read_recordings(folder, ROBOT, IMAGE_SIZE)
 
 
 @pytest.mark.parametrize("name", ["state_rad", "action_rad"])
@@ -58,18 +62,18 @@ def test_a_robot_of_another_width_is_refused(name: str, demonstrate) -> None:
     demonstration = demonstrate(0)
     narrow = replace(demonstration, **{name: getattr(demonstration, name)[:, :5]})
     with pytest.raises(DatasetError, match=f"here: {name} is .* not 6 wide"):
-        check_demonstration(narrow, Path("here"), ROBOT, IMAGE_SIZE)
+        check_demonstration(narrow, "here", ROBOT, IMAGE_SIZE)
 
 
 @pytest.mark.parametrize("frames", [np.zeros((STEPS, 1, 28, 28, 3), np.uint8), np.zeros((STEPS, 2, 28, 28, 3))])
 def test_frames_of_another_kind_are_refused(frames, demonstrate) -> None:
     with pytest.raises(DatasetError, match="here: frames are"):
-        check_demonstration(replace(demonstrate(0), frames=frames), Path("here"), ROBOT, IMAGE_SIZE)
+        check_demonstration(replace(demonstrate(0), frames=frames), "here", ROBOT, IMAGE_SIZE)
 
 
 def test_frames_of_another_size_are_refused(demonstrate) -> None:
     with pytest.raises(DatasetError, match="collect them at image_size"):
-        check_demonstration(demonstrate(0), Path("here"), ROBOT, IMAGE_SIZE * 2)
+        check_demonstration(demonstrate(0), "here", ROBOT, IMAGE_SIZE * 2)
 
 
 def test_the_split_keeps_demonstrations_whole_and_apart(demonstrate) -> None:

@@ -181,7 +181,7 @@ def test_the_command_trains_resumes_and_tells(demonstrations: Path, tmp_path: Pa
 
 def test_the_command_names_what_is_wrong(tmp_path: Path, capsys) -> None:
     assert onbeat(["train", str(SHIPPED), "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert "index.json" in capsys.readouterr().err
+    assert "info.json" in capsys.readouterr().err
     assert onbeat(["train", str(tmp_path / "none.toml")]) == 1
     assert "none.toml" in capsys.readouterr().err
 

@@ -36,6 +36,7 @@ VIDEO_PATH = {
     V30: "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
 }
 
+ABOUT = "onbeat"  # of info.json: what the writer adds of its own
 IMAGE, VIDEO, TEXT = "image", "video", "string"
 TIMESTAMP, FRAME, EPISODE, ROW, TASK = "timestamp", "frame_index", "episode_index", "index", "task_index"
 
@@ -91,7 +92,7 @@ INDEX_FEATURES = {
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What meta/info.json says. fps: frames per second, of all cameras and all rows."""
+    """What meta/info.json says. fps: frames per second, of all cameras and all rows. about: what its writer added."""
 
     version: str
     robot_type: str | None
@@ -101,6 +102,7 @@ class Info:
     chunks_size: int
     data_path: str
     video_path: str | None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def cameras(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from onbeat.training.data.images import read_stored
 from onbeat.training.data.layout import (
+    ABOUT,
     EPISODE,
     EPISODES,
     FRAME,
@@ -93,6 +94,10 @@ class Dataset:
         own_s = frame / self.info.fps
         near = abs(time_s - own_s) <= max(TOLERANCE_S, 1e-6 * own_s)
         return self._videos.reader(span.path).read(span.start_s + (own_s if near else time_s))
+
+    def frames(self, episode: int, camera: str) -> NDArray[Any]:
+        """All frames of an episode: (T, H, W, 3) uint8, or (T, H, W) uint16. Raises DataError."""
+        return np.stack([self.image(episode, frame, camera) for frame in range(self.episodes[episode].length)])
 
     def told(self, episode: int, start: int = 0, stop: int | None = None) -> list[str]:
         """What the robot was told in rows [start, stop) of an episode. Raises DataError for a task that has no text."""
@@ -193,6 +198,7 @@ def _read_info(folder: Path) -> Info:
             chunks_size=document["chunks_size"],
             data_path=document["data_path"],
             video_path=document.get("video_path"),
+            about=document.get(ABOUT, {}),
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{folder / INFO} lacks {error}: copy it again") from None

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onbeat.training.data.episode_statistics import combine_statistics, image_statistics, number_statistics
 from onbeat.training.data.images import encode_png
 from onbeat.training.data.layout import (
+    ABOUT,
     DATA_FILE_MB,
     DATA_PATH,
     EPISODE,
@@ -91,7 +92,8 @@ class DatasetWriter:
     """One dataset being written. Leaving the `with` block by an exception leaves nothing behind.
 
     fps: rows and frames per second. features: every column and camera but the index columns. encoding: of videos, one
-    of video.ENCODINGS. version: "v3.0" or "v2.1". Raises DataError where the folder exists already.
+    of video.ENCODINGS. version: "v3.0" or "v2.1". about: more to keep in meta/info.json, under the key "onbeat".
+    Raises DataError where the folder holds something already.
     """
 
     def __init__(
@@ -103,14 +105,15 @@ class DatasetWriter:
         robot_type: str | None = None,
         version: str = V30,
         encoding: str = "lossless",
+        about: Mapping[str, Any] | None = None,
         data_file_mb: float = DATA_FILE_MB,
         video_file_mb: float = VIDEO_FILE_MB,
     ) -> None:
-        if folder.exists():
-            raise DataError(f"{folder} exists already: give another folder, or remove it")
+        check_vacant(folder)
         _check_features(features)
         self.folder, self.fps, self.robot_type, self.version = folder, fps, robot_type, version
         self.features = {**features, **INDEX_FEATURES}
+        self.about = dict(about or {})
         self.tasks: dict[str, int] = {}
         self.episodes = self.rows = 0
         self._statistics: dict[str, dict[str, NDArray[Any]]] = {}
@@ -224,6 +227,7 @@ class DatasetWriter:
             "data_path": DATA_PATH[self.version],
             "video_path": VIDEO_PATH[self.version] if self._files.videos else None,
             "features": {name: self._described(feature) for name, feature in self.features.items()},
+            **({ABOUT: self.about} if self.about else {}),
         }
 
     def _described(self, feature: Feature) -> dict[str, Any]:
@@ -342,6 +346,12 @@ class _FilesV21(_Files):
 
     def abandon(self) -> None:
         pass
+
+
+def check_vacant(folder: Path) -> None:
+    """Raise DataError where there is something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} exists already: give another folder, or remove it")
 
 
 def listed(statistics: Mapping[str, Columns]) -> dict[str, dict[str, Any]]:
