@@ -8,14 +8,19 @@ averaged, and the result is that of one process with the whole batch.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onbeat.training.model.decoder import Layer as DecoderLayer
+from onbeat.training.model.experts import Experts
 from onbeat.training.model.policy import Policy
 from onbeat.training.model.vision import Layer as VisionLayer
 
@@ -23,7 +28,7 @@ from onbeat.training.model.vision import Layer as VisionLayer
 UNITS: dict[type[nn.Module], tuple[str, ...]] = {
     VisionLayer: (),
     DecoderLayer: ("prefix_cache", "advance"),
-    Policy: ("encode_prefix", "velocity", "flow", "decode_velocity"),
+    Policy: ("encode_images", "encode_prefixes", "flows", "decode_velocity"),
 }
 
 
@@ -96,6 +101,8 @@ def shard(module: nn.Module, compute: torch.dtype | None = None) -> None:
     for part in _sharded(module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    for experts in (part for part in module.modules() if isinstance(part, Experts)):
+        experts.touch_all = True  # gradients are added by position: every process must have the same ones
 
 
 @contextmanager
@@ -110,6 +117,20 @@ def whole(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def leave_untouched(module: nn.Module) -> None:
+    """Weights that no process used in this step have no gradient, as when alone, instead of zeros: call after backward.
+
+    The optimiser would decay them and go on with their momentum, such as those of experts that nobody chose.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+    if not (dist.is_initialized() and gradients):
+        return
+    used = global_sum(torch.stack([_local(gradient).any().float() for _, gradient in gradients]))
+    for (parameter, _), times in zip(gradients, used.tolist(), strict=True):
+        if not times:
+            parameter.grad = None
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale all gradients so that their norm over all processes is at most `limit`; returns the norm before."""
     return _full(nn.utils.clip_grad_norm_(parameters, limit))
@@ -119,19 +140,41 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 def follow(average: nn.Module, newest: nn.Module, decay: float) -> None:
     """average = decay average + (1 - decay) newest, share by share."""
     pairs = [(_local(a), _local(n)) for a, n in zip(average.parameters(), newest.parameters(), strict=True)]
-    torch._foreach_lerp_([a for a, _ in pairs], [n for _, n in pairs], 1 - decay)
+    ours, theirs = [average for average, _ in pairs], [newest for _, newest in pairs]
+    torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU, on rank 0; nothing on the others, which must call it too."""
     whole_tensors = ((name, _full(tensor.detach())) for name, tensor in tensors.items())
-    kept = {name: tensor.to("cpu", copy=True) for name, tensor in whole_tensors if rank() == 0}
-    return kept
+    return {name: tensor.to("cpu", copy=True) for name, tensor in whole_tensors if rank() == 0}
 
 
 def spread(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors, which every process has alike, cut to this process's share wherever `like` is cut."""
     return {name: _cut(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
+
+
+def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write tensors without gathering them: each process its own share, as safetensors in `folder`, which is new."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save(_detached(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def load_shares(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `save_shares` wrote, on however many processes; each reads no more than its own share.
+
+    like: for every name in the folder a tensor of its shape, cut as the result is to be.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    names = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty_like(like[name]).detach() for name in names}
+    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    return tensors
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _units(module: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:

@@ -173,10 +173,10 @@ def attend(queries: Tensor, cache: KeysValues, mask: Tensor | None) -> Tensor:
 
 
 class Place(NamedTuple):
-    """One group of prefixes. shape: (B, N - 1) of its und tokens; index: where the state token stands among them."""
+    """One group of prefixes. shape: (B, N - 1) of its und tokens; state: where the state token stands among them."""
 
     shape: Shape
-    index: int
+    state: int
     by: Rotation
 
 
@@ -211,8 +211,8 @@ class Layer(nn.Module):
             attend(rotate(own.transpose(1, 2), place.by), cache, None)
             for own, cache, place in zip(queries, caches, places, strict=True)
         ]
-        others = join([remove_token(group, place.index) for group, place in zip(attended, places, strict=True)])
-        states = stack([group[:, p.index : p.index + 1] for group, p in zip(attended, places, strict=True)])
+        others = join([remove_token(group, place.state) for group, place in zip(attended, places, strict=True)])
+        states = stack([group[:, p.state : p.state + 1] for group, p in zip(attended, places, strict=True)])
         return self.und.finish(und, others), self.gen.finish(state, states), caches
 
     def prefix_cache(self, und: Tensor, state: Tensor, places: Sequence[Place]) -> list[KeysValues]:
@@ -244,14 +244,14 @@ class Layer(nn.Module):
     def _interleave(und: Tensor, state: Tensor, places: Sequence[Place]) -> list[Tensor]:
         """Und tokens and state tokens to whole prefixes (B, N, ...), group by group."""
         groups = zip(_split_und(und, places), _split_state(state, places), places, strict=True)
-        return [insert_token(others, token, place.index) for others, token, place in groups]
+        return [insert_token(others, token, place.state) for others, token, place in groups]
 
     def _read_prefixes(self, und: Tensor, places: Sequence[Place]) -> Sequence[Tensor | None]:
         """The router's scores of each group's prefixes (B, E), from the last token as it enters the layer, normed."""
         if not isinstance(self.gen, RoutedStream):
             return [None] * len(places)
         for place in places:
-            assert place.index < place.shape[1], f"the state token, at {place.index}, ends what the router reads"
+            assert place.state < place.shape[1], f"the state token, at {place.state}, ends what the router reads"
         return _split_state(self.gen.router(stack([group[:, -1] for group in _split_und(und, places)])), places)
 
 
