@@ -22,7 +22,7 @@ from onbeat.training.model.policy import Policy
 from onbeat.training.model.sampler import choose_sampler, sample_chunk
 from onbeat.training.model.vision import normalise_views
 from onbeat.training.objective import Answered, Asked, Objective
-from onbeat.training.parallel import clip_gradients, follow, gather, global_sum, rank, shard, whole
+from onbeat.training.parallel import clip_gradients, follow, gather, global_sum, leave_untouched, rank, shard, whole
 from onbeat.training.recipe import Fitting, Recipe
 from onbeat.training.recompute import recompute_layers
 from onbeat.training.resume import load_state, save_state
@@ -66,8 +66,8 @@ class Fit:
         freeze(self.policy, recipe.frozen)
         if recipe.fitting.recompute:
             recompute_layers(self.policy)
-        shard(self.policy)
-        shard(self.average)
+        for module in self._modules().values():
+            shard(module)
         self.optimiser = torch.optim.AdamW(self._groups(), lr=recipe.fitting.peak_rate, betas=BETAS, fused=True)
 
     @property
@@ -89,6 +89,7 @@ class Fit:
             group["lr"] = self.rate
         self.optimiser.zero_grad(set_to_none=True)
         losses = self._backward(self._ask())
+        leave_untouched(self.policy)
         norm = clip_gradients(self._trained(), self.fitting.clip_norm)
         self.optimiser.step()
         self.step += 1

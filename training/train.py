@@ -5,7 +5,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from onbeat.training.checkpoint import WEIGHTS_FILE, CheckpointError
 from onbeat.training.fit import Fit
 from onbeat.training.journal import Journal
+from onbeat.training.parallel import joined, rank
 from onbeat.training.plan import make_plan, measure_step
 from onbeat.training.prepare import Prepared, prepare, start_fit
 from onbeat.training.recipe import Recipe, load_recipe
@@ -26,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     recipe = load_recipe(options.recipe)
     torch.set_num_threads(recipe.fitting.threads)
-    told = rehearse(recipe, options.data, options.out) if options.dry_run else train(recipe, options)
-    if options.json:
+    with joined():
+        told = rehearse(recipe, options.data, options.out) if options.dry_run else train(recipe, options)
+        first = rank() == 0
+    if options.json and first:
         print(json.dumps({"recipe": recipe.describe(), **told}))
     return 0
 
@@ -36,13 +40,24 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
     """The run, or the rest of it; returns the last figures on held-out data."""
     if not options.resume:
         _refuse_to_overwrite(options.out)
-    prepared = prepare(recipe, options.data, options.out)
-    fit = start_fit(recipe, prepared)
-    if options.resume:
-        fit.resume(options.out)
-    _tell(make_plan(fit, prepared, options.out, None).lines)
-    run(fit, prepared, options.out)
+    with own_folder(options.out) as out:
+        prepared = prepare(recipe, options.data, out)
+        fit = start_fit(recipe, prepared)
+        if options.resume:
+            fit.resume(options.out)
+        _tell(make_plan(fit, prepared, options.out, None).lines)
+        run(fit, prepared, out)
     return {"step": fit.step, **_measure(fit, prepared)}
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[Path]:
+    """Where this process writes: `out` for the first, a folder that is thrown away for those that share its work."""
+    if rank() == 0:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
 
 
 def rehearse(recipe: Recipe, data: Path, out: Path) -> dict[str, object]:
@@ -58,7 +73,7 @@ def rehearse(recipe: Recipe, data: Path, out: Path) -> dict[str, object]:
 def run(fit: Fit, prepared: Prepared, out: Path) -> None:
     """Take the remaining steps; validate and write the checkpoint every `report_steps` and at the end."""
     fitting, tally, journal, began = fit.fitting, Tally(), Journal(out, fit.step), time.monotonic()
-    with tqdm(total=fitting.steps, initial=fit.step, unit="step", smoothing=0.05) as progress:
+    with tqdm(total=fitting.steps, initial=fit.step, unit="step", smoothing=0.05, disable=rank() > 0) as progress:
         while fit.step < fitting.steps:
             at, rate = time.monotonic(), fit.rate
             losses = fit.advance()
@@ -89,7 +104,8 @@ def _line(row: dict[str, float]) -> str:
 
 
 def _tell(lines: Sequence[str]) -> None:
-    print("\n".join(lines), file=sys.stderr)
+    if rank() == 0:
+        print("\n".join(lines), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
