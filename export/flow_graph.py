@@ -65,8 +65,10 @@ class FlowWriter:
     directions: str | None
 
 
-def add_flow(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) -> None:
-    """Add the whole sampler, inputs and outputs included."""
+def add_flow(
+    graph: Graph, config: PolicyConfig, sampler: SamplerSpec, resting: NDArray[np.bool_] | None = None
+) -> None:
+    """Add the whole sampler, inputs and outputs included. resting: (200,) bool, slots that start at 0, not at noise."""
     chunk = config.chunk
     keys, values = _cache_inputs(graph, config)
     mixtures = experts.take_routes(graph, config.decoder)
@@ -81,11 +83,16 @@ def add_flow(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) -> None:
         prefix = Prefix(frozen=graph.op("Less", rows, delay), actions=prev_chunk)
     cache = Cache(keys, values, mixtures, tables, mask)
     writer = FlowWriter(graph, config, sampler, cache, prefix, _guide_inputs(graph, chunk), directions)
-    actions, gates, costs = _iterations(writer, noise)
+    actions, gates, costs = _iterations(writer, noise if resting is None else _quiet(graph, noise, resting))
     graph.output(actions, "actions", np.float32, [chunk, UNIFIED_DIM])
     if gates:
         _publish_gates(writer, "gate", gates)
         _publish_gates(writer, "cost", costs)
+
+
+def _quiet(graph: Graph, noise: str, resting: NDArray[np.bool_]) -> str:
+    """The noise (I, C, 200) with 0 in the slots that rest."""
+    return graph.op("Where", graph.weight("resting_slots", resting), graph.floats(0), noise)
 
 
 def _cache_inputs(graph: Graph, config: PolicyConfig) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 ROPE_PRECISIONS = ("bf16", "fp32")
 FIRST_PASSES = ("published", "projected")
 ROUTINGS = ("observation", "token")
+IDLE_SLOTS = ("noise", "zero")
 
 
 class ConfigError(OnbeatError):
@@ -189,6 +190,8 @@ class PolicyConfig:
     """The whole network. source: config.json as read, kept so that writing back loses nothing.
 
     adapters: whether the heads have an adapter per unified slot, docs/decisions/0030-embodiment-adapters.md.
+    idle_slots: what the network is given in the action slots that are not the robot's: "noise" as published, or "zero",
+    so that what it learned of other robots' slots never meets it.
     """
 
     vision: VisionConfig
@@ -202,6 +205,7 @@ class PolicyConfig:
     own_system_message: str | None = None
     prompt_template: str = "long"
     adapters: bool = False
+    idle_slots: str = "noise"
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -227,6 +231,7 @@ def _check_policy(config: PolicyConfig) -> None:
     _check_choice("template", config.template, tuple(SYSTEM_MESSAGES))
     _check_choice("prompt_template", config.prompt_template, tuple(INSTRUCTION_TEMPLATES))
     _check_choice("onbeat.mpg_first_pass", config.gate.first_pass, FIRST_PASSES)
+    _check_choice("onbeat.idle_slots", config.idle_slots, IDLE_SLOTS)
     _check_between("onbeat.mpg_anchor_bucket", config.gate.anchor_bucket, 0, TIME_BUCKETS)
 
 

@@ -103,6 +103,7 @@ def parse_config(document: object, *, rope: str | None = None) -> PolicyConfig:
         own_system_message=None if document.get("system_message") is None else root.get("system_message", str),
         prompt_template=root.get("prompt_template", str, "long"),
         adapters=own.section("adapters").get("enabled", bool) if "adapters" in own.values else False,
+        idle_slots=own.get("idle_slots", str, "noise"),
         source=document,
     )
 
@@ -289,6 +290,7 @@ def _own_fields(config: PolicyConfig) -> dict[str, Any]:
         "mpg_anchor_bucket": config.gate.anchor_bucket,
         **({} if experts is None else {"experts": asdict(experts)}),
         **({"adapters": {"enabled": True}} if config.adapters else {}),
+        **({} if config.idle_slots == "noise" else {"idle_slots": config.idle_slots}),
         **({"delays": {name: _robot_delay_fields(robot) for name, robot in robots.items()}} if robots else {}),
     }
 

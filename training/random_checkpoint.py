@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from onbeat.training.checkpoint import companions, save_checkpoint
 from onbeat.training.config import (
     ACTIVATIONS,
+    IDLE_SLOTS,
     DecoderConfig,
     DelayConfig,
     ExpertsConfig,
@@ -45,7 +46,12 @@ def random_config(seed: int, vocabulary: int) -> PolicyConfig:
         template=draw.choice(("being_h0", "internvl2_5", "internlm2-chat")),
     )
     experts = _random_experts(draw, config.decoder.layers)
-    return replace(config, decoder=replace(config.decoder, experts=experts), adapters=draw.random() < 0.5)
+    return replace(
+        config,
+        decoder=replace(config.decoder, experts=experts),
+        adapters=draw.random() < 0.5,
+        idle_slots=draw.choice(IDLE_SLOTS),
+    )
 
 
 def _random_experts(draw: random.Random, layers: int) -> ExpertsConfig | None:

@@ -36,11 +36,13 @@ class EngineInputError(OnbeatError):
 @dataclass(frozen=True, slots=True)
 class TorchEngine:
     """Implements `Engine`. lock_prefix: whether prev_chunk is kept; checkpoints not trained for it ignore prev_chunk,
-    as the published code does."""
+    as the published code does. slots: (200,) bool, the robot's action slots; None leaves noise in the others even where
+    the network was trained without."""
 
     policy: Policy
     spec: PolicySpec
     lock_prefix: bool
+    slots: Tensor | None = None
 
     @torch.inference_mode()
     def prefix(self, inputs: PolicyInputs) -> Cache:
@@ -78,6 +80,7 @@ class TorchEngine:
             directions=self._directions(directions),
             lock=self._lock(prev_chunk, delay),
             pull=self._pull(prev_chunk, guidance),
+            slots=self.slots,
         )
         return FlowResult(sampled.actions[0].numpy(), sampled.gate[..., 0].numpy(), sampled.cost[..., 0].numpy())
 
@@ -129,15 +132,19 @@ def build_engine(
     overrides: Mapping[str, bool | int | float] | None = None,
     directions: bool = False,
     enable_rtc: bool = True,
+    slots: NDArray[np.bool_] | None = None,
 ) -> TorchEngine:
     """An engine for a policy with `views` cameras. overrides: of the sampler settings in config.json.
 
     directions: the caller gives the gate's directions at every flow (recorded cases); else their expectation is taken.
-    enable_rtc: False ignores prev_chunk even where the checkpoint was trained with a prefix.
+    enable_rtc: False ignores prev_chunk even where the checkpoint was trained with a prefix. slots: as in TorchEngine.
     """
     sampler = choose_sampler(policy.config, overrides, directions=directions)
     return TorchEngine(
-        policy.eval(), describe_policy(policy.config, sampler, views), enable_rtc and policy.config.delay.trained
+        policy.eval(),
+        describe_policy(policy.config, sampler, views),
+        enable_rtc and policy.config.delay.trained,
+        None if slots is None else torch.from_numpy(slots),
     )
 
 

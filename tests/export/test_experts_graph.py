@@ -39,7 +39,8 @@ def mixture_config(vocabulary: int, **changes: Any) -> PolicyConfig:
     gate = GateConfig(present=True, first_pass="projected", anchor_bucket=1000)
     vision = replace(config.vision, image_size=28, select_layer=-1)
     delay = DelayConfig(trained=True, simulated=6)
-    return replace(config, vision=vision, decoder=decoder, gate=gate, delay=delay, adapters=True, flow_steps=3)
+    config = replace(config, vision=vision, decoder=decoder, gate=gate, delay=delay, flow_steps=3)
+    return replace(config, adapters=True, idle_slots="zero")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,20 @@ def test_the_flow_gathers_the_chosen_experts_once_for_all_its_steps(bundle: Bund
     assert [node.op_type for node in readers] == ["Gather"] * 4
     assert {node.input[1] for node in readers} == {"experts_01", "experts_02"}
     assert not any("layers.1.mlp_mot_gen" in tensor.name for tensor in graph.initializer), "the state's path"
+
+
+def test_slots_of_other_robots_stay_at_zero_in_a_bundle(bundle: Bundle) -> None:
+    engine, language = bundle.open_engine(), bundle.open_language()
+    draw = draw_inputs(np.random.default_rng(0), engine.spec, language.prompt("lift the cube"), 0)
+    noise = draw.noise.copy()
+    actions = engine.flow(engine.prefix(draw.inputs), noise).actions
+    used = np.zeros(200, np.bool_)
+    for key in language.embodiment.action:
+        used[key.start : key.stop] = True
+    assert not actions[:, ~used].any()
+    assert actions[:, used].all()
+    noise[..., ~used] += 1
+    assert np.array_equal(engine.flow(engine.prefix(draw.inputs), noise).actions, actions)
 
 
 def shared_inputs() -> Prompt:

@@ -117,7 +117,7 @@ def test_what_only_our_networks_have_survives_the_file(document: Document) -> No
     config = parse_config(document)
     routed = replace(config.decoder, experts=ExpertsConfig(1, 4, 2, "token", 0.02))
     robots = {"so101": RobotDelay(50.0, latencies=((49.5, 2.0),)), "d1": RobotDelay(20.0, probabilities=(0.5, 0.5))}
-    ours = replace(config, decoder=routed, adapters=True, delay=replace(config.delay, robots=robots))
+    ours = replace(config, decoder=routed, adapters=True, idle_slots="zero", delay=replace(config.delay, robots=robots))
     written = json.loads(json.dumps(write_config(ours)))
     assert parse_config(written) == ours
     assert [routed.is_routed(layer) for layer in range(3)] == [False, True, True]
@@ -179,6 +179,7 @@ def set_at(path: str, value: object) -> Callable[[Document], None]:
         ("onbeat", {"experts": {"foundation_layers": 1, "count": 4, "top_k": 5}}, "top_k is 5: give 1 to 4"),
         ("onbeat", {"experts": {"foundation_layers": 1, "count": 4, "top_k": 1, "routing": "x"}}, "experts.routing"),
         ("onbeat", {"adapters": {}}, "adapters.enabled"),
+        ("onbeat", {"idle_slots": "none"}, "idle_slots"),
         ("onbeat", {"delays": {"so101": {"period_ms": 0, "probabilities": [1]}}}, r"delays\.so101\.period_ms"),
         ("onbeat", {"delays": {"so101": {"period_ms": 50}}}, "either latencies or probabilities"),
         ("onbeat", {"delays": {"so101": {"period_ms": 50, "probabilities": [0, 0]}}}, "one weight above 0"),
