@@ -41,6 +41,11 @@ class Group:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def slots(self) -> Tensor:
+        """(G, 1, A) bool: the action slots of each observation's robot."""
+        return self.valid.any(1, keepdim=True)
+
     def to(self, device: torch.device) -> "Group":
         """The same on a device; rows stay on the CPU, where draws are made."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ON_DEVICE}

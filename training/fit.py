@@ -116,7 +116,7 @@ class Fit:
         noise = torch.randn((sampler.iterations, *group.actions.shape), generator=generator).to(self.device)
         pixels = normalise_views(group.frames.movedim(-3, -1))
         cache = self.average.encode_prefix(pixels, group.token_ids, group.image_start, group.state_index, group.state)
-        return sample_chunk(self.average, cache, sampler, noise).actions.cpu()
+        return sample_chunk(self.average, cache, sampler, noise, slots=group.slots).actions.cpu()
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint (the average) and all that a resumed run needs, each file whole or not at all."""

@@ -80,7 +80,7 @@ def flow_task(actions: Tensor, valid: Tensor, moved: Tensor, drawn: Drawn, bucke
     """Noise each chunk D times: x_t = (1 - t) noise + t a, target a - noise, rows below the delay clean.
 
     actions: (B, C, A) normalised; valid: (B, C, A) bool, what counts. moved: (A,) bool, the slots that any robot of the
-    run moves: the others are 0 in `noisy`, so that no weight ever learns from them.
+    run moves, or (B, 1, 1, A), those of each: the others are 0 in `noisy`, so that no weight ever learns from them.
     """
     clean = actions[:, None]
     given = torch.arange(actions.shape[1], device=actions.device) < drawn.delay[..., None]

@@ -119,7 +119,8 @@ class Objective:
             pixels = draws.colours.rows(group.rows, device).apply(pixels)
         prefix = Prefix(pixels, group.token_ids, group.image_start, group.state_index, group.state)
         drawn = draws.flow.rows(group.rows, device)
-        task = flow_task(group.actions, group.valid, self.moved, drawn)
+        moved = self.moved if self.config.idle_slots == "noise" else group.slots[:, None]
+        task = flow_task(group.actions, group.valid, moved, drawn)
         return Asked(group, prefix, drawn, task, draws.directions.to(device), bool(group.valid.any()))
 
     def count(self, asked: Sequence[Asked], *, together: bool = True) -> Sums:

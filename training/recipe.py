@@ -103,6 +103,7 @@ class Network:
             own_system_message=self.system_message,
             prompt_template="short",
             adapters=self.adapters is not None and self.adapters.enabled,
+            idle_slots="zero",
         )
 
     def _vision(self) -> VisionConfig:

@@ -78,7 +78,7 @@ def continued_config(recipe: Recipe, config: PolicyConfig) -> PolicyConfig:
     if network.delays or recipe.delays:
         delay = delay_config(network.delays, network.delay_exponential, config.chunk, recipe.delays)
         config = replace(config, delay=delay)
-    return config
+    return replace(config, idle_slots="zero") if config.adapters else config  # else others' adapters would meet noise
 
 
 def open_gate(config: PolicyConfig, seed: int) -> ManifoldGate:
