@@ -11,6 +11,7 @@ from onbeat.training.checkpoint import publish_name
 from onbeat.training.freezing import Frozen, decays, freeze
 from onbeat.training.model.adapters import ADAPTER, SlotAdapter, activate_slots, fold_adapters
 from onbeat.training.model.policy import Policy, count_parameters, create_policy
+from onbeat.training.model.sampler import choose_sampler, sample_chunk
 from onbeat.training.random_checkpoint import random_config, random_policy
 
 VOCABULARY, STATE_AT = 40, 10
@@ -133,6 +134,25 @@ def test_robots_that_share_a_slot_share_its_adapter_and_others_notice_nothing(fr
     after = [act(policy, robot, robot) for robot in (sharing, apart)]
     assert torch.equal(before[1], after[1])
     assert not torch.equal(before[0], after[0])
+
+
+def test_what_a_robot_samples_keeps_every_bit_while_another_is_trained(fresh: Policy) -> None:
+    """With noise in all slots: those of others rest at zero."""
+    policy = copy_of(fresh)
+    policy.config = replace(fresh.config, idle_slots="zero")
+    freeze(policy, Frozen("new-robot"))
+    before = sample(policy, slots(HAND))
+    train(policy, slots(ARM), slots(ARM))
+    assert torch.equal(before, sample(policy, slots(HAND)))
+    policy.config = replace(fresh.config, idle_slots="noise")
+    assert not torch.equal(sample(policy, slots(HAND)), before), "as published, noise passes the arm's adapters"
+
+
+@torch.no_grad()
+def sample(policy: Policy, used: Tensor) -> Tensor:
+    cache, spec = policy.encode_prefix(*observation(used)), choose_sampler(policy.config)
+    noise = torch.randn(spec.iterations, 2, 6, 200, generator=torch.Generator().manual_seed(4))
+    return sample_chunk(policy, cache, spec, noise, slots=used).actions[..., used]
 
 
 def test_folded_adapters_are_a_dense_network_of_published_names_that_acts_alike() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onbeat.training.config import ExpertsConfig, PolicyConfig
+from onbeat.training.config import DecoderConfig, ExpertsConfig, PolicyConfig, StreamConfig, VisionConfig
 from onbeat.training.model.decoder import RoutedStream
 from onbeat.training.model.experts import Routing, balance_loss, choose, summarise
 from onbeat.training.model.policy import Cache, Policy, count_parameters, create_policy
@@ -212,3 +212,22 @@ def test_parameters_are_counted_by_part_and_by_what_a_chunk_reads() -> None:
 
 def replace_experts(config: PolicyConfig) -> PolicyConfig:
     return replace(config, decoder=replace(config.decoder, experts=None))
+
+
+def test_the_released_size_as_a_mixture_of_flow() -> None:
+    """On no memory: four experts above eight shared layers, two of them taken, beside the published 2.15 B at work."""
+    decoder = DecoderConfig(StreamConfig(2048, 6144), StreamConfig(1024, 3072), 28, 16, 8, 128, 151_936)
+    mixture = replace(decoder, experts=ExpertsConfig(foundation_layers=8, count=4, top_k=2))
+    with torch.device("meta"):
+        sizes = [
+            count_parameters(
+                Policy(PolicyConfig(VisionConfig(1024, 4096, 24, 16, 224), each, adapters=each is mixture))
+            )
+            for each in (decoder, mixture)
+        ]
+    dense, routed = ({name: round(count / 1e6) for name, count in counts.items()} for counts in sizes)
+    assert (routed["experts"], routed["gen"], routed["und"]) == (755, dense["gen"], dense["und"])
+    assert sizes[1]["routers"] == 20 * 4 * 2048
+    assert sizes[1]["adapters"] == 3 * 200 * 1024 + 200
+    assert (dense["at work"], dense["total"], routed["at work"], routed["total"]) == (2172, 2794, 2549, 3550)
+    assert sizes[1]["at work"] - sizes[0]["at work"] == sizes[1]["experts"] // 2 + sizes[1]["routers"]

@@ -168,7 +168,8 @@ def count_parameters(policy: Policy) -> dict[str, int]:
     """Parameters by part, and in "total". lm_head counts though no action ever needs it.
 
     "gen" is without "experts" and "routers", "heads" without "adapters". "at work": what a control step reads, so
-    neither the embedding, of which it takes a few rows, nor lm_head, and of the experts those that are chosen.
+    neither the embedding, of which it takes a few rows, nor lm_head, nor adapters, which are folded, and of the experts
+    those that are chosen.
     """
     decoder, experts = policy.language_model, policy.config.decoder.experts
     routed = [layer.gen for layer in decoder.stack if isinstance(layer.gen, RoutedStream)]
@@ -188,7 +189,7 @@ def count_parameters(policy: Policy) -> dict[str, int]:
     counts["gen"] -= counts["experts"] + counts["routers"]
     counts["heads"] -= counts["adapters"]
     chosen = 0 if experts is None else counts["experts"] * experts.top_k // experts.count
-    idle = counts["embedding"] + counts["lm_head"] + counts["experts"] - chosen
+    idle = counts["embedding"] + counts["lm_head"] + counts["adapters"] + counts["experts"] - chosen
     total = sum(counts.values())
     return {**counts, "total": total, "at work": total - idle}
 
