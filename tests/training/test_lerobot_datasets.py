@@ -195,7 +195,7 @@ def test_a_missing_video_is_named(dataset: Dataset) -> None:
     path.unlink()
     with pytest.raises(DataError, match=rf"{path} is missing"):
         dataset.image(1, 0, TOP)
-    with pytest.raises(DataError, match=rf"{path} is missing"):
+    with pytest.raises(DataError, match=rf"{path} is missing \({TOP} of episode"):
         check_dataset(dataset)
 
 
@@ -270,8 +270,10 @@ def test_a_file_in_which_rows_are_missing_is_named(tmp_path: Path) -> None:
     dataset = open_dataset(write(tmp_path / "dataset", version=V30))
     path = dataset.episodes[0].data
     pq.write_table(pq.read_table(path).slice(0, 9), path)
-    with pytest.raises(DataError, match=f"{path} has 9 rows, and row 11 is asked"):
+    with pytest.raises(DataError, match=f"{path} has 9 rows, and episode 1 ends at 12"):
         check_dataset(open_dataset(dataset.folder))
+    with pytest.raises(DataError, match=f"{path} has 9 rows, and row 11 is asked"):
+        open_dataset(dataset.folder).numbers(1, "action")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"codebase_version": "v1.6"}', '{"codebase_version": "v3.0"}'])

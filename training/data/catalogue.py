@@ -26,7 +26,7 @@ from onbeat.runtime.language import PolicyLanguage
 from onbeat.training.data.columns import read_columns
 from onbeat.training.data.layout import DataError
 from onbeat.training.data.mixture import CAP, Proportions
-from onbeat.training.data.reader import check_times, open_dataset
+from onbeat.training.data.reader import check_files, check_times, open_dataset
 from onbeat.training.data.robot_data import RobotData
 from onbeat.training.data.sample import Kind, Source
 from onbeat.training.data.sources import QuestionSource, RobotSource, read_questions
@@ -136,6 +136,7 @@ def _open_part(name: str, settings: SourceSettings, held_out: float, seed: int) 
     if not settings.embodiment:
         raise DataError(f"[data.sources.{name}] names no embodiment: say whose numbers {settings.path} holds")
     dataset, robot = open_dataset(Path(settings.path)), load_embodiment(settings.embodiment)
+    check_files(dataset)
     for episode in range(len(dataset.episodes)):
         check_times(dataset, episode)
     where = settings.columns or f"[data.sources.{name}]"

@@ -76,17 +76,14 @@ class Dataset:
         """Rows [start, stop) of an episode's column: (n, width). Raises DataError where they are damaged."""
         taken = self.episodes[episode]
         first, last = taken.first_row + start, taken.first_row + (taken.length if stop is None else stop)
-        rows = self._tables.read(taken.data, name, first, last)
-        values = to_numbers(rows, name, self.feature(name), taken.data, first)
-        check_finite(values, name, taken.data, first)
-        return values
+        return self._tables.numbers(taken.data, name, self.feature(name), first, last)
 
     def image(self, episode: int, frame: int, camera: str) -> NDArray[Any]:
         """One frame: (H, W, 3) uint8 RGB, or (H, W) uint16 depth. Raises DataError."""
         taken = self.episodes[episode]
         if self.feature(camera).dtype == IMAGE:
             row = taken.first_row + frame
-            cell = self._tables.read(taken.data, camera, row, row + 1)[0].as_py()
+            cell = self._tables.cell(taken.data, camera, row)
             return read_stored(cell, self.folder, f"{taken.data} row {row}: '{camera}'")
         time_s = float(self.numbers(episode, TIMESTAMP, frame, frame + 1)[0, 0])
         span = taken.videos[camera]
@@ -94,6 +91,10 @@ class Dataset:
         own_s = frame / self.info.fps
         near = abs(time_s - own_s) <= max(TOLERANCE_S, 1e-6 * own_s)
         return self._videos.reader(span.path).read(span.start_s + (own_s if near else time_s))
+
+    def rows(self, path: Path) -> int:
+        """Of one table of the dataset. Raises DataError where it cannot be read."""
+        return self._tables.rows(path)
 
     def frames(self, episode: int, camera: str) -> NDArray[Any]:
         """All frames of an episode: (T, H, W, 3) uint8, or (T, H, W) uint16. Raises DataError."""
@@ -134,12 +135,26 @@ def open_dataset(folder: Path) -> Dataset:
     return Dataset(folder, info, episodes, read_tasks(folder))
 
 
+def check_files(dataset: Dataset) -> None:
+    """Raise DataError, naming file and episode, where a table or a video is not there, or lacks an episode's rows."""
+    for episode in dataset.episodes:
+        for camera, span in episode.videos.items():
+            if not span.path.is_file():
+                raise DataError(f"{span.path} is missing ({camera} of episode {episode.index}): copy the videos too")
+        rows, needed = dataset.rows(episode.data), episode.first_row + episode.length
+        if rows < needed:
+            raise DataError(
+                f"{episode.data} has {rows} rows, and episode {episode.index} ends at {needed}: copy it again"
+            )
+
+
 def check_dataset(dataset: Dataset, *, decode: bool = False) -> None:
     """Read every number, and look at every file. Raises DataError naming file and row of the first thing wrong.
 
     decode: every frame of every camera too, which finds a video that is damaged in its middle.
     """
     info = dataset.info
+    check_files(dataset)
     for block in dataset.stream([name for name, feature in info.features.items() if feature.is_number]):
         for name, values in block.columns.items():
             check_finite(values, name, block.path, block.first_row)

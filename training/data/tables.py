@@ -1,8 +1,11 @@
 """Parquet files, read by rows: a column of a row group at a time, the most recent kept within a budget of memory."""
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,41 +40,57 @@ class Tables:
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
         self._budget, self._used = cache_bytes, 0
-        self._metadata: dict[Path, pq.FileMetaData] = {}
-        self._columns: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()
+        self._files: dict[Path, _File] = {}
+        self._columns: OrderedDict[tuple[Path, int, str], Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def rows(self, path: Path) -> int:
-        """How many rows the file holds."""
-        return self._describe(path).num_rows
+        """How many a file has. Raises DataError."""
+        return self._describe(path).ends[-1]
 
-    def read(self, path: Path, column: str, start: int, stop: int) -> pa.ChunkedArray:
-        """Rows [start, stop) of a column. Raises DataError where the file has no such rows or column."""
-        metadata = self._describe(path)
-        if not 0 <= start <= stop <= metadata.num_rows:
-            raise DataError(f"{path} has {metadata.num_rows} rows, and row {stop - 1} is asked: copy it again, whole")
-        chunks: list[pa.Array] = []
-        first = 0
-        for group in range(metadata.num_row_groups):
-            last = first + metadata.row_group(group).num_rows
-            if first < stop and start < last:
-                rows = self._group(path, group, column)
-                chunks += rows.slice(max(start - first, 0), min(stop, last) - max(start, first)).chunks
-            first = last
-        return pa.chunked_array(chunks) if chunks else self._group(path, 0, column).slice(0, 0)
+    def numbers(self, path: Path, name: str, feature: Feature, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) of a numeric column: (n, width). Raises DataError where they are not there or damaged."""
+        parts = []
+        for group, first, last in self._spans(path, start, stop):
+            values = self._column(path, group, name, feature)
+            parts.append(values[max(start - first, 0) : min(stop, last) - first])
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        check_finite(values, name, path, start)
+        return values
 
-    def _describe(self, path: Path) -> pq.FileMetaData:
-        if path not in self._metadata:
-            self._metadata[path] = open_parquet(path).metadata
-        return self._metadata[path]
+    def cell(self, path: Path, name: str, row: int) -> Any:
+        """One cell of a column of another kind."""
+        group, first, _ = next(iter(self._spans(path, row, row + 1)))
+        return self._column(path, group, name, None)[row - first].as_py()
 
-    def _group(self, path: Path, group: int, column: str) -> pa.ChunkedArray:
-        key = (path, group, column)
+    def _spans(self, path: Path, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(row group, its first row, its end) of all that hold rows [start, stop)."""
+        file = self._describe(path)
+        if not 0 <= start < stop <= file.ends[-1]:
+            raise DataError(f"{path} has {file.ends[-1]} rows, and row {stop - 1} is asked: copy it again, whole")
+        first, last = bisect_right(file.ends, start), bisect_left(file.ends, stop)
+        return [(group, file.ends[group - 1] if group else 0, file.ends[group]) for group in range(first, last + 1)]
+
+    def _describe(self, path: Path) -> "_File":
+        if path not in self._files:
+            metadata = open_parquet(path).metadata
+            counts = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+            self._files[path] = _File(metadata, list(accumulate(counts)) or [0])
+        return self._files[path]
+
+    def _column(self, path: Path, group: int, name: str, feature: Feature | None) -> Any:
+        """A whole column of a row group: numbers where `feature` says which, or as Arrow has it."""
+        key = (path, group, name)
         with self._lock:
             if key in self._columns:
                 self._columns.move_to_end(key)
                 return self._columns[key]
-        rows = read_group(path, group, column, self._metadata[path])
+        file = self._describe(path)
+        rows = read_group(path, group, name, file.metadata)
+        first = file.ends[group - 1] if group else 0
+        return self._keep(key, rows if feature is None else to_numbers(rows, name, feature, path, first))
+
+    def _keep(self, key: tuple[Path, int, str], rows: Any) -> Any:
         with self._lock:
             if key not in self._columns:
                 self._columns[key] = rows
@@ -79,6 +98,14 @@ class Tables:
             while self._used > self._budget and len(self._columns) > 1:
                 self._used -= self._columns.popitem(last=False)[1].nbytes
         return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """ends: for every row group, the row after its last."""
+
+    metadata: pq.FileMetaData
+    ends: list[int]
 
 
 def read_group(path: Path, group: int, column: str, metadata: pq.FileMetaData | None = None) -> pa.ChunkedArray:
@@ -118,7 +145,7 @@ def to_numbers(rows: pa.ChunkedArray, name: str, feature: Feature, path: Path, f
 
 def check_finite(values: NDArray[Any], name: str, path: Path, first_row: int) -> None:
     """Raise DataError naming the first row with a NaN or an infinity."""
-    if not np.issubdtype(values.dtype, np.floating):
+    if values.dtype.kind != "f" or np.isfinite(values).all():
         return
     odd = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if odd.size:

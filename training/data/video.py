@@ -11,6 +11,7 @@ from types import TracebackType
 import av
 import av.error
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from onbeat.training.data.layout import DataError
@@ -87,6 +88,7 @@ class VideoReader:
         except (av.error.FFmpegError, OSError, IndexError) as error:
             raise DataError(f"{path} cannot be read as a video ({error}): copy it again, whole") from None
         self._stream.codec_context.thread_count = 1  # parallel over samples instead
+        self._converter = VideoReformatter()
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._decoded_s: float | None = None
 
@@ -120,13 +122,18 @@ class VideoReader:
             if frame.time >= time_s - tolerance_s:
                 if frame.time > time_s + tolerance_s:
                     break
-                return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+                return self._pixels(frame)
         last = "no frame at all" if self._decoded_s is None else f"one at {self._decoded_s:.4f} s"
         self._decoded_s = None
         raise DataError(
             f"{self.path} has no frame within {tolerance_s} s of {time_s:.4f} s, the nearest found is {last}: "
             "the file is truncated, or its rate is not the dataset's"
         )
+
+    def _pixels(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+        # The planes of a lossless frame are its colours: no conversion, a tenth of the time.
+        plain = frame if frame.format.name == "gbrp" else self._converter.reformat(frame, format="rgb24")
+        return np.asarray(plain.to_ndarray(), np.uint8)
 
     def _follows(self, time_s: float) -> bool:
         """Whether the frame is the next one, or close behind what was decoded last."""
