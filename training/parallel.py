@@ -24,11 +24,12 @@ from onbeat.training.model.experts import Experts
 from onbeat.training.model.policy import Policy
 from onbeat.training.model.vision import Layer as VisionLayer
 
-# What is gathered, used and let go as one, and by which of its methods besides `forward` it is called.
+# What is gathered, used and let go as one, and by which methods besides `forward` it is called from outside. None
+# of them calls another: FSDP2 would let go of the whole too early. The policy's own weights stay until the way back.
 UNITS: dict[type[nn.Module], tuple[str, ...]] = {
     VisionLayer: (),
     DecoderLayer: ("prefix_cache", "advance"),
-    Policy: ("encode_images", "encode_prefixes", "flows", "decode_velocity"),
+    Policy: ("encode_prefixes", "flows", "decode_velocity"),
 }
 
 

@@ -15,10 +15,29 @@ from torch import nn
 
 from onbeat.training import parallel
 from onbeat.training.checkpoint import load_checkpoint
+from onbeat.training.journal import HISTORY_FILE
+from onbeat.training.train import main as train
 
 WORKER = Path(__file__).with_name("two_processes.py")
 ROOT = Path(__file__).parents[2]
 AGREEMENT = 1e-5  # losses, weights, moments; the smallest of the mistakes moves 20 times as much
+
+
+RECIPE = """
+embodiment = "so101"
+dataset = "tiny"
+seed = 1
+[network]
+image_size = 28
+layers = 2
+vision_layers = 1
+[fitting]
+steps = 2
+batch = 9 # 5 and 4
+draws = 1
+report_steps = 2
+threads = 1
+"""
 
 
 def worker() -> ModuleType:
@@ -43,13 +62,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two came to, and what they came to in wrong ways."""
     folder = tmp_path_factory.mktemp("both")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [*command, str(WORKER), str(folder), str(alone)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    torchrun(str(WORKER), str(folder), str(alone))
     return folder
+
+
+def torchrun(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
@@ -101,6 +122,21 @@ def test_their_checkpoint_is_a_published_one(both: Path) -> None:
     policy, weights = load_checkpoint(both / "checkpoint"), load_file(both / "last.safetensors")
     for name, tensor in policy.state_dict().items():
         assert torch.equal(tensor, weights[f"average.{name}"]), name
+
+
+@pytest.mark.slow
+def test_the_command_writes_one_checkpoint_and_one_history(demonstrations: Path, tmp_path: Path) -> None:
+    recipe, one, two = tmp_path / "tiny.toml", tmp_path / "one", tmp_path / "two"
+    recipe.write_text(RECIPE)
+    arguments = [str(recipe), "--data", str(demonstrations), "--out"]
+    assert train([*arguments, str(one)]) == 0
+    torchrun("-m", "onbeat.training.train", *arguments, str(two))
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    ours, theirs = (load_file(folder / "resume" / "fit.safetensors") for folder in (one, two))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=AGREEMENT) for name in ours)
+    rows = [json.loads((folder / HISTORY_FILE).read_text()) for folder in (one, two)]
+    assert {**rows[0], "elapsed_s": 0} == pytest.approx({**rows[1], "elapsed_s": 0}, rel=1e-5)
 
 
 def test_alone_nothing_changes() -> None:
