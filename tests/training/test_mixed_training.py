@@ -1,4 +1,4 @@
-"""The whole trainer on a mixture: an arm, human hands and questions; experts, gate, delays and adapters; to a bundle."""
+"""The whole trainer on a mixture: an arm, a hand, questions; experts, gate, delays, adapters; killed, and resumed."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,10 @@ from onbeat.cli import main as onbeat
 from onbeat.embodiment.robot import Embodiment
 from onbeat.embodiment.schema import load_embodiment
 from onbeat.training.checkpoint import load_checkpoint
-from onbeat.training.config import ExpertsConfig
 from onbeat.training.data.images import encode_png
 from onbeat.training.data.layout import Feature
 from onbeat.training.data.writer import DatasetWriter
-from onbeat.training.fit import Fit
 from onbeat.training.journal import CURVES_FOLDER, HISTORY_FILE
-from onbeat.training.prepare import prepare, start_fit
-from onbeat.training.recipe import Recipe, load_recipe
 
 SIDE, LENGTH = 28, 16
 RECIPE = """
@@ -146,11 +141,6 @@ def write_recipe(folder: Path, mixture: Path, steps: int = 60, report_steps: int
     return path
 
 
-def fit_of(recipe: Recipe, out: Path) -> Fit:
-    torch.set_num_threads(1)
-    return start_fit(recipe, prepare(recipe, Path("unused"), out))
-
-
 @pytest.mark.slow
 def test_a_mixture_is_learnt_told_exported_and_verified(mixture: Path, tmp_path: Path, capsys) -> None:
     arguments = ["train", str(write_recipe(tmp_path, mixture)), "--out", str(tmp_path / "out"), "--json"]
@@ -188,3 +178,36 @@ def check_curves(folder: Path) -> None:
     use = [events.Scalars(f"expert_use/so101/layer0/expert{expert}")[-1].value for expert in range(3)]
     assert sum(use) == pytest.approx(1.0, abs=1e-5)
     assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
+
+
+def command(recipe: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "onbeat", "train", str(recipe), "--out", str(out), *more]
+
+
+def reports(out: Path) -> list[dict[str, float]]:
+    path = out / HISTORY_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_step_resumes_to_the_same_losses(mixture: Path, tmp_path: Path) -> None:
+    """Killed somewhere in or between the steps after a report, then taken to the end by another process."""
+    recipe, out = write_recipe(tmp_path, mixture, steps=10, report_steps=2), tmp_path / "killed"
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    assert onbeat(command(recipe, tmp_path / "straight")[3:]) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(recipe, out), env=environment, stderr=subprocess.DEVNULL)
+    patience, killed_after = time.monotonic() + 120, rng.integers(1, 4)
+    while len(reports(out)) < killed_after and process.poll() is None and time.monotonic() < patience:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert onbeat(command(recipe, out, "--resume")[3:]) == 0
+    for ours, theirs in zip(reports(out), reports(tmp_path / "straight"), strict=True):
+        assert {**ours, "elapsed_s": 0} == pytest.approx({**theirs, "elapsed_s": 0}, rel=1e-5), ours["step"]
+    weights, expected = (load_checkpoint(folder).state_dict() for folder in (out, tmp_path / "straight"))
+    assert all(torch.allclose(weights[name], tensor, atol=1e-6) for name, tensor in expected.items())
