@@ -13,6 +13,7 @@ from onbeat.training.model.decoder import RoutedStream
 from onbeat.training.model.experts import Routing, balance_loss, choose, summarise
 from onbeat.training.model.policy import Cache, Policy, count_parameters, create_policy
 from onbeat.training.random_checkpoint import random_config, random_policy
+from onbeat.training.recompute import recompute_layers
 
 VOCABULARY, CHUNK = 40, 12
 STATE_AT = 10  # of 14 tokens; the images stand at 2
@@ -73,11 +74,11 @@ def test_one_expert_alone_weighs_exactly_one_and_still_teaches_the_router() -> N
 @pytest.mark.parametrize("routing", ["observation", "token"])
 def test_draws_and_observations_are_routed_as_if_alone(routing: str) -> None:
     policy = mixture(routing=routing)
-    pixels, ids, *where, state = observations(3)
+    pixels, ids, start, index, state = observations(3)
     actions, bucket = questions(3, 2)
-    together = policy.velocity(policy.encode_prefix(pixels, ids, *where, state), actions, bucket)
+    together = policy.velocity(policy.encode_prefix(pixels, ids, start, index, state), actions, bucket)
     for b in range(3):
-        alone = policy.encode_prefix(pixels[b : b + 1], ids[b : b + 1], *where, state[b : b + 1])
+        alone = policy.encode_prefix(pixels[b : b + 1], ids[b : b + 1], start, index, state[b : b + 1])
         for d in range(2):
             one = policy.velocity(alone, actions[b : b + 1, d : d + 1], bucket[b : b + 1, d : d + 1])
             torch.testing.assert_close(one[0, 0], together[b, d], atol=1e-5, rtol=0)
@@ -104,11 +105,15 @@ def test_by_token_the_rows_of_a_chunk_choose_for_themselves() -> None:
 
 def test_the_router_sees_images_state_and_instruction_but_not_the_actions() -> None:
     policy = mixture()
-    pixels, ids, *where, state = observations(1)
-    before = scores(policy.encode_prefix(pixels, ids, *where, state))
+    pixels, ids, start, index, state = observations(1)
+    before = scores(policy.encode_prefix(pixels, ids, start, index, state))
     other = ids.clone()
     other[0, STATE_AT + 1] = (other[0, STATE_AT + 1] + 1) % VOCABULARY
-    for changed in ((pixels + 1, ids, *where, state), (pixels, ids, *where, state + 1), (pixels, other, *where, state)):
+    for changed in (
+        (pixels + 1, ids, start, index, state),
+        (pixels, ids, start, index, state + 1),
+        (pixels, other, start, index, state),
+    ):
         after = scores(policy.encode_prefix(*changed))
         assert all((a - b).abs().max() > 1e-4 for a, b in zip(before, after, strict=True))
 
@@ -191,6 +196,34 @@ def test_entropy_goes_from_nothing_to_the_logarithm_of_the_number_of_experts() -
     entropy = summarise([choose(logits, 1)], 2).entropy
     torch.testing.assert_close(entropy, torch.tensor([[math.log(4), 0.0]]), atol=1e-6, rtol=0)
     assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("routing", ["observation", "token"])
+def test_the_router_keeps_float32_where_products_are_coarser(routing: str) -> None:
+    policy = mixture(routing=routing)
+    full = policy.flow(policy.encode_prefix(*observations(2)), *questions(2, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = policy.encode_prefix(*observations(2))
+        half = policy.flow(cache, *questions(2, 2))
+    assert half.routing is not None
+    assert {read.dtype for read in scores(cache)} == {half.routing.probabilities.dtype} == {torch.float32}
+    assert (half.velocity - full.velocity).abs().max() < 0.3 * full.velocity.abs().max()
+    half.velocity.float().square().mean().backward()
+
+
+def test_layers_computed_again_give_the_same_gradients() -> None:
+    gradients = []
+    for again in (False, True):
+        policy = mixture()
+        if again:
+            recompute_layers(policy)
+        flow = policy.flow(policy.encode_prefix(*observations(2)), *questions(2, 2))
+        assert flow.routing is not None
+        loss = flow.velocity.square().mean() + balance_loss(flow.routing, flow.routing.use.mean(1)).mean()
+        loss.backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_a_fresh_mixture_spreads_its_observations() -> None:

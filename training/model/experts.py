@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onbeat.training.config import DecoderConfig, ExpertsConfig
@@ -39,13 +40,23 @@ class Routing(NamedTuple):
     entropy: Tensor
 
 
-class Router(nn.Linear):
-    """Scores of a layer's experts. token: reads the action token too, where every token is routed by itself."""
+class Scores(nn.Linear):
+    """Scores of a layer's experts (..., E), in float32 whatever surrounds them: a coarser type would make more ties."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__(width, experts, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float())
+
+
+class Router(Scores):
+    """What the prefix says. token: what the action token says, where every token is routed by itself."""
 
     def __init__(self, config: DecoderConfig, experts: ExpertsConfig) -> None:
-        super().__init__(config.und.width, experts.count, bias=False)
-        by_token = experts.routing == "token"
-        self.token = nn.Linear(config.gen.width, experts.count, bias=False) if by_token else None
+        super().__init__(config.und.width, experts.count)
+        self.token = Scores(config.gen.width, experts.count) if experts.routing == "token" else None
 
 
 class Experts(nn.ModuleList):
@@ -87,7 +98,7 @@ def summarise(routes: Sequence[Route], batch: int) -> Routing:
     chosen = torch.stack([route.chosen for route in routes]).unflatten(1, (batch, -1))
     probabilities = logits.softmax(-1)
     entropy = -(probabilities * logits.log_softmax(-1)).sum(-1).mean(-1).detach()
-    use = torch.nn.functional.one_hot(chosen, logits.shape[-1]).float().mean((2, 3))
+    use = F.one_hot(chosen, logits.shape[-1]).float().mean((2, 3))
     return Routing(probabilities.mean(2), use, entropy)
 
 
