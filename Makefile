@@ -30,7 +30,7 @@ evaluate: .venv/installed-test
 soak: .venv/installed-test
 	$(BIN)/python -m pytest -m soak
 
-# LeRobot's own loader on what we write, ours on what it writes; in an environment of its own under out/ (8 GB with its torch).
+# LeRobot's own loader on what we write, ours on what it writes; in an environment of its own (8 GB) under out/.
 LEROBOT ?= lerobot==0.4.4
 LEROBOT_BIN ?= out/lerobot-venv/bin
 lerobot-check: .venv/installed-test

@@ -13,13 +13,21 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.v30.convert_dataset_v21_to_v30 import convert_dataset
 from recordings import ACTION, DEPTH, EVENT, FPS, HEIGHT, IMAGE, LENGTHS, STATE, TASKS, VIDEO, WIDTH, record
 
-BACKEND = "pyav"  # torchcodec wants FFmpeg's libraries on the system
 PLACES = ["height", "width", "channels"]
 
 
-def read(folder: Path) -> None:
+def backends() -> list[str]:
+    """LeRobot's video decoders that work here; torchcodec wants FFmpeg's libraries on the system."""
+    try:
+        from torchcodec.decoders import VideoDecoder  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        return ["pyav"]
+    return ["torchcodec", "pyav"]
+
+
+def read(folder: Path, backend: str) -> None:
     """Every number and frame of Onbeat's dataset against the recordings, through LeRobotDataset."""
-    dataset = LeRobotDataset("onbeat/check", root=folder, video_backend=BACKEND)
+    dataset = LeRobotDataset("onbeat/check", root=folder, video_backend=backend)
     assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (len(LENGTHS), sum(LENGTHS), FPS)
     assert dataset.meta.stats[ACTION]["mean"].shape == (4,)
     assert dataset.meta.stats[VIDEO]["mean"].shape == (3, 1, 1)
@@ -29,8 +37,8 @@ def read(folder: Path) -> None:
         for frame in range(length):
             check_item(dataset[row], columns, episode, frame)
             row += 1
-    check_windows(LeRobotDataset("onbeat/check", root=folder, delta_timestamps=WINDOW, video_backend=BACKEND))
-    print(f"lerobot {version('lerobot')} read {row} rows that Onbeat wrote, {folder.name}: all as recorded")
+    check_windows(LeRobotDataset("onbeat/check", root=folder, delta_timestamps=WINDOW, video_backend=backend))
+    print(f"lerobot {version('lerobot')} ({backend}) read {row} rows that Onbeat wrote, {folder.name}: as recorded")
 
 
 WINDOW = {ACTION: [k / FPS for k in range(8)]}
@@ -76,8 +84,9 @@ def write(folder: Path) -> None:
 
 if __name__ == "__main__":
     ours, theirs = Path(sys.argv[1]), Path(sys.argv[2])
-    read(ours / "v3.0")
     convert_dataset("v2.1", root=ours, push_to_hub=False)  # LeRobot reads v2.1 by its own converter
-    read(ours / "v2.1")
+    for backend in backends():
+        read(ours / "v3.0", backend)
+        read(ours / "v2.1", backend)
     shutil.rmtree(theirs, ignore_errors=True)
     write(theirs)
