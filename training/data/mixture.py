@@ -1,7 +1,8 @@
 """How much of what is trained on: shares of kinds, robots thinned out, simulation capped; an order that keeps to it.
 
 The plan is arithmetic on numbers of frames, printed before anything is trained. Over an epoch every source comes as
-often as the plan says, to the sample, and evenly: after any number of draws each is within one of its share.
+often as the plan says, to the sample, and evenly: of S sources, after any number of draws, one with share p is within
+1 + p S of it.
 
 N samples of a source, E draws of an epoch, B of a step on all processes together.
 """
