@@ -2,13 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from onbeat.training.fit import Losses
+from onbeat.training.objective import Answered
+from onbeat.training.tally import Tally
 
 HISTORY_FILE = "history.jsonl"
 CURVES_FOLDER = "tensorboard"
@@ -21,33 +24,38 @@ class Journal:
         self.path = out / HISTORY_FILE
         cut_history(self.path, step)
         self._curves = SummaryWriter(str(out / CURVES_FOLDER), purge_step=step + 1)
-        self._rows: list[Losses] = []
+        self._rows, self._tally, self._began_s = list[Losses](), Tally(), time.monotonic()
 
-    def step(self, step: int, losses: Losses, rate: float, samples_per_s: float) -> None:
+    def step(self, step: int, losses: Losses, answers: Sequence[Answered], rate: float, samples_per_s: float) -> None:
         """The curves of one step."""
         self._rows.append(losses)
-        *parts, norm = losses
-        for name, value in zip(Losses._fields, parts, strict=False):
-            self._curves.add_scalar(f"loss/{name}", value, step)
-        self._curves.add_scalar("gradient_norm", norm, step)
+        self._tally.add(answers)
+        for name, value in losses._asdict().items():
+            self._curves.add_scalar("gradient_norm" if name == "norm" else f"loss/{name}", value, step)
         self._curves.add_scalar("learning_rate", rate, step)
         self._curves.add_scalar("samples_per_s", samples_per_s, step)
 
-    def means(self) -> dict[str, float]:
+    def report(self, step: int, held_out: Mapping[str, float]) -> dict[str, float]:
+        """A line of history, which is returned, and the curves of robots, tasks and held-out data."""
+        elapsed_s = round(time.monotonic() - self._began_s, 1)
+        told = {f"held_out_{name}": value for name, value in held_out.items()}
+        row = {"step": step, "elapsed_s": elapsed_s, **self._means(), **told}
+        append_history(self.path, row)
+        for name, value in {**self._tally.take(), **told}.items():
+            self._curves.add_scalar(name.replace(" ", "_"), value, step)
+        self._curves.flush()
+        return row
+
+    def _means(self) -> dict[str, float]:
         """Of the losses since the last report, and start anew."""
         means = torch.tensor(self._rows).mean(0).tolist()
         self._rows = []
         return dict(zip(Losses._fields, means, strict=True))
 
-    def report(self, step: int, row: Mapping[str, float], tally: Mapping[str, float]) -> None:
-        """One line, and the curves of robots, tasks and held-out data."""
-        append_history(self.path, row)
-        held_out = {name: value for name, value in row.items() if name.startswith("held_out_")}
-        for name, value in {**tally, **held_out}.items():
-            self._curves.add_scalar(name.replace(" ", "_"), value, step)
-        self._curves.flush()
+    def __enter__(self) -> "Journal":
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._curves.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from onbeat.training.fit import Fit
 from onbeat.training.model.policy import Policy
 from onbeat.training.objective import Objective
 from onbeat.training.recipe import Recipe
-from onbeat.training.start import continued_policy, copy_tokenizer, slots_of, start_policy
+from onbeat.training.start import continued_policy, copy_tokenizer, image_size, slots_of, start_policy
 from onbeat.training.text import fit_tokenizer, write_tokenizer
 
 
@@ -54,6 +55,11 @@ class Prepared:
     @property
     def robots(self) -> list[Embodiment]:
         return [language.embodiment for language in self.languages.values()]
+
+    def prompts(self) -> list[int]:
+        """The number of tokens of each source's first prompt."""
+        generator = np.random.default_rng(0)
+        return [len(source.sample(0, generator).prompt.token_ids) for source in self.sources]
 
     @property
     def state_slots(self) -> Tensor:
@@ -80,7 +86,7 @@ def prepare(recipe: Recipe, data: Path, out: Path) -> Prepared:
 def prepare_demonstrations(recipe: Recipe, data: Path, out: Path) -> Prepared:
     """One robot, its demonstrations all in memory."""
     robot = load_embodiment(recipe.embodiment)
-    recordings = read_recordings(data, robot, recipe.network.image_size)
+    recordings = read_recordings(data, robot, image_size(recipe))
     fitted, held_out = split_recordings(recordings.demonstrations, recipe.fitting.held_out, recipe.seed)
     config = write_companions(recipe, [recordings.instruction], out)
     save_statistics(measure_statistics(fitted, robot, recipe.dataset), out)

@@ -16,6 +16,7 @@ from onbeat.embodiment.robot import StateKey
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.training.checkpoint import companions, load_checkpoint
 from onbeat.training.config import PolicyConfig
+from onbeat.training.config_file import load_config
 from onbeat.training.model.adapters import activate_slots
 from onbeat.training.model.gating import ManifoldGate
 from onbeat.training.model.policy import Policy, create_policy
@@ -108,6 +109,12 @@ def check_sizes(network: Network) -> None:
     for field in fields(network):
         if field.name not in ADDED and getattr(network, field.name) != getattr(plain, field.name):
             raise RecipeError(f"[network]: {field.name} is that of the checkpoint in start_from: leave it out")
+
+
+def image_size(recipe: Recipe) -> int:
+    """The side of the network's views, in pixels."""
+    started = load_config(Path(recipe.start_from)) if recipe.start_from else None
+    return recipe.network.image_size if started is None else started.vision.image_size
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

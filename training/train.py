@@ -2,24 +2,27 @@
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from onbeat.training.checkpoint import WEIGHTS_FILE, CheckpointError
-from onbeat.training.fit import Fit
+from onbeat.training.fit import Fit, Losses
 from onbeat.training.journal import Journal
-from onbeat.training.parallel import joined, rank
-from onbeat.training.plan import make_plan, measure_step
+from onbeat.training.model.policy import count_parameters
+from onbeat.training.parallel import joined, rank, world
+from onbeat.training.plan import plan_lines, rehearse
 from onbeat.training.prepare import Prepared, prepare, start_fit
 from onbeat.training.recipe import Recipe, load_recipe
-from onbeat.training.tally import Tally
 from onbeat.training.validation import held_out_groups, measure_fit
 
 
@@ -29,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = load_recipe(options.recipe)
     torch.set_num_threads(recipe.fitting.threads)
     with joined():
-        told = rehearse(recipe, options.data, options.out) if options.dry_run else train(recipe, options)
+        told = plan(recipe, options.data, options.out) if options.dry_run else train(recipe, options)
         first = rank() == 0
     if options.json and first:
         print(json.dumps({"recipe": recipe.describe(), **told}))
-    return 0
+    return 0 if options.dry_run or told["step"] == recipe.fitting.steps else 1
 
 
 def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
@@ -45,7 +48,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
         fit = start_fit(recipe, prepared)
         if options.resume:
             fit.resume(options.out)
-        _tell(make_plan(fit, prepared, options.out, None).lines)
+        _tell(plan_lines(fit, prepared, options.out, None))
         run(fit, prepared, out)
     return {"step": fit.step, **_measure(fit, prepared)}
 
@@ -60,34 +63,63 @@ def own_folder(out: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def rehearse(recipe: Recipe, data: Path, out: Path) -> dict[str, object]:
+def plan(recipe: Recipe, data: Path, out: Path) -> dict[str, object]:
     """Read and check everything, take a few steps to see how long they are, write nothing."""
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(recipe, data, Path(scratch))
         fit = start_fit(recipe, prepared)
-        plan = make_plan(fit, prepared, out, measure_step(fit))
-    _tell(plan.lines)
-    return {"step": 0, "parameters": plan.parameters, "trained": plan.trained, "step_s": plan.step_s}
+        tried = rehearse(fit)
+        _tell(plan_lines(fit, prepared, out, tried))
+    return {"step": 0, "parameters": count_parameters(fit.policy), "step_s": tried.step_s}
 
 
 def run(fit: Fit, prepared: Prepared, out: Path) -> None:
-    """Take the remaining steps; validate and write the checkpoint every `report_steps` and at the end."""
-    fitting, tally, journal, began = fit.fitting, Tally(), Journal(out, fit.step), time.monotonic()
-    with tqdm(total=fitting.steps, initial=fit.step, unit="step", smoothing=0.05, disable=rank() > 0) as progress:
-        while fit.step < fitting.steps:
-            at, rate = time.monotonic(), fit.rate
-            losses = fit.advance()
-            tally.add(fit.answers)
-            journal.step(fit.step, losses, rate, fitting.batch / (time.monotonic() - at))
-            progress.update()
-            progress.set_postfix(flow=f"{losses.flow:.4f}", refresh=False)
-            if fit.step % fitting.report_steps == 0 or fit.step == fitting.steps:
-                row = {"step": fit.step, "elapsed_s": round(time.monotonic() - began, 1), **journal.means()}
-                row |= {f"held_out_{name}": value for name, value in _measure(fit, prepared).items()}
+    """Take the remaining steps; validate and write the checkpoint every `report_steps` and at the end.
+
+    Asked to stop (Ctrl-C, SIGTERM), it finishes the step and writes all that it needs to go on.
+    """
+    steps = fit.fitting.steps
+    bar = tqdm(total=steps, initial=fit.step, unit="step", smoothing=0.05, disable=rank() > 0)
+    with Journal(out, fit.step) as journal, bar, StopRequest() as stop:
+        while fit.step < steps and not stop.asked:
+            losses = _advance(fit, journal)
+            bar.set_postfix(flow=f"{losses.flow:.4f}", refresh=False)
+            bar.update()
+            if fit.step % fit.fitting.report_steps == 0 or fit.step == steps:
+                held_out = _measure(fit, prepared)
                 fit.save(out)
-                journal.report(fit.step, row, tally.take())
-                progress.write(_line(row), file=sys.stderr)
-    journal.close()
+                bar.write(_line(journal.report(fit.step, held_out)), file=sys.stderr)
+        if fit.step < steps:
+            fit.save(out)
+            bar.write(f"stopped at step {fit.step} of {steps}: go on with --resume", file=sys.stderr)
+
+
+def _advance(fit: Fit, journal: Journal) -> Losses:
+    began_s, rate = time.monotonic(), fit.rate
+    losses = fit.advance()
+    journal.step(fit.step, losses, fit.answers, rate, fit.fitting.batch / (time.monotonic() - began_s))
+    return losses
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM as a question, so that no step is cut in two. Processes that train together stop at once
+    instead: they would not agree on the step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if world() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
 
 
 def _measure(fit: Fit, prepared: Prepared) -> dict[str, float]:

@@ -162,12 +162,6 @@ def test_the_command_trains_resumes_and_tells(demonstrations: Path, tmp_path: Pa
         "[fitting]\nsteps = 4\nbatch = 8\ndraws = 1\nreport_steps = 2\nthreads = 1\n"
     )
     arguments = ["train", str(recipe), "--data", str(demonstrations), "--out", str(tmp_path / "out"), "--json"]
-    assert onbeat([*arguments, "--dry-run"]) == 0
-    plan, told = capsys.readouterr()
-    assert json.loads(plan)["step_s"] > 0
-    assert "vision" in told
-    assert "4 steps of 8 observations" in told
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.toml"]
     assert onbeat(arguments) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == 4
