@@ -313,6 +313,15 @@ def test_a_part_is_held_out_unless_there_is_only_one() -> None:
     assert split_episodes(4, 0.0, seed=5) == ((0, 1, 2, 3), ())
 
 
+def test_what_is_missing_of_a_dataset_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    folder = record(tmp_path / "arm", SO101, [6, 9], 10)
+    video = next(folder.glob("videos/*wrist/*/*.mp4"))
+    video.unlink()
+    settings = DataSettings({"arm": SourceSettings(str(folder), "robot", "so101")})
+    with pytest.raises(DataError, match=rf"{video} is missing \(observation.images.wrist of episode 0\)"):
+        open_catalogue(settings, held_out=0.5, seed=0)
+
+
 def test_a_source_without_a_robot_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names no embodiment"):
         open_catalogue(DataSettings({"arm": SourceSettings(str(tmp_path), "robot")}), held_out=0.1, seed=0)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onbeat.training.data.layout import V21, V30, VERSIONS, DataError, Feature
 from onbeat.training.data.reader import Dataset, check_dataset, open_dataset
+from onbeat.training.data.video import VideoReader
 from onbeat.training.data.writer import DatasetWriter
 
 HEIGHT, WIDTH, FPS = 16, 24, 10
@@ -129,6 +130,24 @@ def test_statistics_of_the_dataset_are_those_of_all_rows(tmp_path: Path) -> None
     assert stats["action"]["count"] == [sum(LENGTHS)]
     assert np.shape(stats[TOP]["mean"]) == (3, 1, 1)
     assert np.shape(stats[DEPTH]["mean"]) == (3, 1, 1)
+
+
+def test_episodes_say_where_they_lie_as_lerobot_counts(tmp_path: Path) -> None:
+    """LeRobot reads these columns, and we do not: their ends, in rows and in seconds."""
+    rows = pq.read_table(write(tmp_path / "dataset") / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    assert [(row["dataset_from_index"], row["dataset_to_index"]) for row in rows] == [(0, 5), (5, 12), (12, 15)]
+    times = [(row[f"videos/{TOP}/from_timestamp"], row[f"videos/{TOP}/to_timestamp"]) for row in rows]
+    assert times == [(0.0, 0.5), (0.5, 1.2), (1.2, 1.5)]
+
+
+@pytest.mark.parametrize("time_s", [0.05, 0.1002, 0.6])
+def test_a_time_at_which_there_is_no_frame_is_refused(time_s: float, tmp_path: Path) -> None:
+    dataset = open_dataset(write(tmp_path / "dataset", version=V21))
+    reader = VideoReader(dataset.episodes[0].videos[TOP].path)
+    assert np.array_equal(reader.read(0.10005), EPISODES[0][TOP][1])  # within the tolerance
+    with pytest.raises(DataError, match=f"no frame within 0.0001 s of {time_s:.4f} s"):
+        reader.read(time_s)
+    assert np.array_equal(reader.read(0.2), EPISODES[0][TOP][2])  # and goes on
 
 
 # What is refused on the way in.
