@@ -1,6 +1,7 @@
 """The trainer: it learns, it is deterministic, it resumes, and what it writes is what it learnt."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,11 @@ from onbeat.training.resume import ResumeError
 from onbeat.training.torch_engine import build_engine, open_engine
 from onbeat.training.train import run
 from onbeat.training.validation import held_out_groups, measure_fit
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FIRST_LOSSES = ((1.6361485720, 1.3943767548, 10.2390575), (1.6638950109, 1.2612869740, 11.8514853))
 SHIPPED = Path(__file__).parents[2] / "training" / "configs" / "so101_lift.toml"
@@ -207,6 +213,20 @@ WHOLE = {"embodiment": "so101", "dataset": "d", "seed": 1}
 def test_a_wrong_recipe_is_named(document: dict, message: str) -> None:
     with pytest.raises(OnbeatError, match=message):
         parse_recipe(document, "r.toml")
+
+
+def test_the_recipe_of_the_readme_is_one() -> None:
+    text = (SHIPPED.parents[1] / "README.md").read_text(encoding="utf-8")
+    recipe = parse_recipe(tomllib.loads(text.split("```toml\n")[1].split("```")[0]), "README.md")
+    assert recipe.data is not None
+    assert recipe.frozen.treatment("vision") == "frozen"
+    assert recipe.frozen.treatment("gate") == "trained"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_in_the_repository_makes_a_network(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.network.configure(vocabulary=400, robots=recipe.delays).delay.longest >= 4
 
 
 def test_a_whole_number_is_a_rate_too() -> None:
