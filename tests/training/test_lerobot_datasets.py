@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from onbeat.training.data.check import main
 from onbeat.training.data.layout import V21, V30, VERSIONS, DataError, Feature
 from onbeat.training.data.reader import Dataset, check_dataset, open_dataset
 from onbeat.training.data.video import VideoReader
@@ -201,9 +202,21 @@ def test_a_dataset_of_no_episode_is_none(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_depth_is_refused_as_a_video(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="depth"):
-        DatasetWriter(tmp_path / "x", fps=FPS, features={"d": Feature("video", (4, 4, 1))})
+@pytest.mark.parametrize(
+    ("name", "feature", "text"),
+    [
+        ("d", Feature("video", (4, 4, 1)), "'d' is a depth camera"),
+        ("words", Feature("string", (1,)), "'words' is text"),
+        ("a/b", Feature("float32", (1,)), "cannot be called 'a/b'"),
+        ("timestamp", Feature("float32", (1,)), "cannot be called 'timestamp'"),
+    ],
+)
+def test_columns_that_the_format_cannot_hold_are_refused(
+    name: str, feature: Feature, text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=text):
+        DatasetWriter(tmp_path / "x", fps=FPS, features={name: feature})
+    assert list(tmp_path.iterdir()) == []
 
 
 # What is damaged on the disk.
@@ -293,6 +306,30 @@ def test_a_file_in_which_rows_are_missing_is_named(tmp_path: Path) -> None:
         check_dataset(open_dataset(dataset.folder))
     with pytest.raises(DataError, match=f"{path} has 9 rows, and row 11 is asked"):
         open_dataset(dataset.folder).numbers(1, "action")
+
+
+@pytest.mark.parametrize(("version", "other"), [(V21, V30), (V30, V21)])
+def test_a_copy_in_the_other_version_holds_the_same(version: str, other: str, tmp_path: Path, capsys: Any) -> None:
+    folder, copy = write(tmp_path / "dataset", version=version), tmp_path / "copy"
+    assert main([str(folder), "--decode", "--copy", str(copy), "--version", other]) == 0
+    told = capsys.readouterr().out
+    assert "15 at 10/s" in told
+    assert f"{DEPTH:40}image     16 x 24 x 1" in told
+    assert "every row can be read and every frame decoded" in told
+    copied = open_dataset(copy)
+    assert copied.info.version == other
+    assert [e.extra for e in copied.episodes] == [{"seed": 40 + n, "start": "home"} for n in range(3)]
+    assert copied.told(1) == open_dataset(folder).told(1)
+    for number, episode in enumerate(EPISODES):
+        assert np.array_equal(copied.numbers(number, "reach").reshape(-1, 2, 2), episode["reach"])
+        assert all(np.array_equal(copied.frames(number, camera), episode[camera]) for camera in (TOP, WRIST, DEPTH))
+
+
+def test_the_command_names_what_is_wrong(dataset: Dataset, capsys: Any) -> None:
+    path = dataset.episodes[0].videos[TOP].path
+    path.unlink()
+    assert main([str(dataset.folder)]) == 1
+    assert f"{path} is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"codebase_version": "v1.6"}', '{"codebase_version": "v3.0"}'])

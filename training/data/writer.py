@@ -363,6 +363,8 @@ def _check_features(features: Mapping[str, Feature]) -> None:
     for name, feature in features.items():
         if "/" in name or name in INDEX_FEATURES:
             raise DataError(f"a column cannot be called '{name}': LeRobot keeps such names for itself; rename it")
+        if not feature.is_number and not feature.is_camera:
+            raise DataError(f"'{name}' is text: give it as the episode's task or in its extra")
         if feature.is_depth and feature.dtype != IMAGE:
             raise DataError(f"'{name}' is a depth camera: give it dtype 'image', since no video keeps 16 bits")
 
