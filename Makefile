@@ -42,7 +42,7 @@ lerobot-check: .venv/installed-test
 
 # From nothing to the bundle that ships, in about an hour: docs/decisions/0011-first-policy.md.
 train: .venv/installed-test
-	$(BIN)/python -m onbeat.training.demonstrations --episodes 960 --seed 1000 --workers 2 --out out/demonstrations
+	test -d out/demonstrations || $(BIN)/python -m onbeat.training.demonstrations --episodes 960 --seed 1000 --workers 2 --out out/demonstrations
 	$(BIN)/onbeat train training/configs/so101_lift.toml --data out/demonstrations --out out/checkpoint
 	$(BIN)/onbeat export out/checkpoint out/so101-lift --embodiment so101
 
