@@ -41,14 +41,15 @@ class Routing(NamedTuple):
 
 
 class Scores(nn.Linear):
-    """Scores of a layer's experts (..., E), in float32 whatever surrounds them: a coarser type would make more ties."""
+    """Scores of a layer's experts (..., E), in float32 at least, whatever surrounds them: coarser types make ties."""
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__(width, experts, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        kind = torch.promote_types(input.dtype, torch.float32)
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.float(), self.weight.float())
+            return F.linear(input.to(kind), self.weight.to(kind))
 
 
 class Router(Scores):
@@ -94,11 +95,11 @@ def choose(logits: Tensor, top_k: int) -> Route:
 
 def summarise(routes: Sequence[Route], batch: int) -> Routing:
     """The routes of all layers with experts for `batch` observations; rows of one observation are neighbours."""
-    logits = torch.stack([route.logits for route in routes]).float().unflatten(1, (batch, -1))
+    logits = torch.stack([route.logits for route in routes]).unflatten(1, (batch, -1))
     chosen = torch.stack([route.chosen for route in routes]).unflatten(1, (batch, -1))
     probabilities = logits.softmax(-1)
     entropy = -(probabilities * logits.log_softmax(-1)).sum(-1).mean(-1).detach()
-    use = F.one_hot(chosen, logits.shape[-1]).float().mean((2, 3))
+    use = F.one_hot(chosen, logits.shape[-1]).to(logits.dtype).mean((2, 3))
     return Routing(probabilities.mean(2), use, entropy)
 
 
