@@ -51,11 +51,12 @@ class Group:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ON_DEVICE}
         return replace(self, **moved, extra={name: column.to(device) for name, column in self.extra.items()})
 
-    def take(self, members: range) -> "Group":
+    def take(self, members: Sequence[int]) -> "Group":
         """Some of the observations, by their places in the group."""
-        cut = {name: getattr(self, name)[members.start :: members.step] for name in ("rows", *ON_DEVICE)}
+        places = torch.tensor(members)
+        cut = {name: getattr(self, name)[places] for name in ("rows", *ON_DEVICE)}
         embodiments, tasks = (tuple(names[i] for i in members) for names in (self.embodiments, self.tasks))
-        extra = {name: column[members.start :: members.step] for name, column in self.extra.items()}
+        extra = {name: column[places] for name, column in self.extra.items()}
         return replace(self, **cut, extra=extra, embodiments=embodiments, tasks=tasks)
 
 
@@ -70,11 +71,17 @@ def robots_of(groups: Sequence[Group]) -> list[str]:
 
 
 def cut_groups(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """The observations in at most `parts` parts of nearly equal size, none of them empty."""
+    """The observations in so many parts, in turn: none is empty where there are as many observations."""
     if parts == 1:
         return [list(groups)]
-    cut = [[g.take(range(part, len(g), parts)) for g in groups if part < len(g)] for part in range(parts)]
-    return [part for part in cut if part]
+    first = min(int(group.rows.min()) for group in groups)
+    turns = [((group.rows - first) % parts).tolist() for group in groups]
+    return [_take_turn(groups, turns, part) for part in range(parts)]
+
+
+def _take_turn(groups: Sequence[Group], turns: Sequence[Sequence[int]], part: int) -> list[Group]:
+    members = ([place for place, turn in enumerate(own) if turn == part] for own in turns)
+    return [group.take(own) for group, own in zip(groups, members, strict=True) if own]
 
 
 def group_samples(samples: Sequence[Sample], rows: Tensor) -> list[Group]:

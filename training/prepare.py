@@ -32,7 +32,8 @@ from onbeat.training.feed import EpochOrder, Feed, Order
 from onbeat.training.fit import Fit
 from onbeat.training.model.policy import Policy
 from onbeat.training.objective import Objective
-from onbeat.training.recipe import Recipe
+from onbeat.training.parallel import world
+from onbeat.training.recipe import Recipe, RecipeError
 from onbeat.training.start import continued_policy, copy_tokenizer, image_size, slots_of, start_policy
 from onbeat.training.text import fit_tokenizer, write_tokenizer
 
@@ -147,6 +148,10 @@ def sentences(recipe: Recipe, instructions: Sequence[str]) -> list[str]:
 
 def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
     """A run at step 0."""
+    if recipe.fitting.batch < world() * recipe.fitting.accumulate:
+        raise RecipeError(
+            f"batch is {recipe.fitting.batch}: give each of {world()} processes one in every part of a step"
+        )
     device = torch.device(recipe.fitting.device)
     policy = start_policy(recipe, prepared.vocabulary, prepared.state_slots, prepared.action_slots)
     place = place_question(recipe, policy, prepared)

@@ -241,6 +241,8 @@ def _check_fitting(fitting: Fitting, where: str) -> None:
     for name in ("steps", "batch", "draws", "accumulate", "report_steps", "threads"):
         if getattr(fitting, name) < 1:
             raise RecipeError(f"{where}: {name} is {getattr(fitting, name)}: give at least 1")
+    if fitting.accumulate > fitting.batch:
+        raise RecipeError(f"{where}: accumulate is {fitting.accumulate}: give at most batch, which is {fitting.batch}")
     for name in ("ema_decay", "held_out", "plain_share", "first_share"):
         if not 0 <= getattr(fitting, name) < 1:
             raise RecipeError(f"{where}: {name} is {getattr(fitting, name)}: give 0 or more, below 1")

@@ -164,5 +164,5 @@ def test_samples_of_one_shape_are_one_group_whatever_their_answers() -> None:
     assert groups[0].answer.tolist() == [[5, 6, 7], [4, NOT_ASKED, NOT_ASKED]]
     assert groups[1].answer.shape == (1, 0)
     parts = cut_groups(groups, 2)
-    assert [[group.rows.tolist() for group in part] for part in parts] == [[[4], [5]], [[6]]]
+    assert [[group.rows.tolist() for group in part] for part in parts] == [[[4, 6]], [[5]]]
     assert parts[1][0].tasks == ("task",)
