@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from onbeat.drivers.twin.world import JOINTS, VIEWS, World
 from onbeat.embodiment.schema import load_embodiment
-from onbeat.training.data.columns import ACTION, IMAGES, STATE
+from onbeat.training.data.columns import ACTION, EVENTS, IMAGES, STATE
 from onbeat.training.data.layout import DataError, Feature
 from onbeat.training.data.reader import Dataset, open_dataset
 from onbeat.training.data.writer import DatasetWriter, check_vacant
@@ -31,6 +31,7 @@ from onbeat.training.expert import CLEAR_HEIGHT_M, OPEN_RAD, POLICY_PERIOD_NS, E
 
 INSTRUCTION = "lift the red cube"
 ROBOT = "so101"
+CONTACT = EVENTS + "contact"
 CUBE = "observation.environment_state"  # LeRobot's name for what only the world knows
 STEPS_PER_S = 1_000_000_000 / POLICY_PERIOD_NS
 FRAME_SIZE = (112, 112)
@@ -45,8 +46,8 @@ class Demonstration:
 
     frames: (T, V, H, W, 3) uint8, as seen at t_k. state_rad: (T, J) float32, measured at t_k. action_rad: (T, J)
     float32, the expert's goal due at t_k, free of the disturbance that was executed with it. cube_m: (T, 3) float32,
-    for analysis and for auxiliary losses in training only. start: "home", "random", "near" (beside the cube) or
-    "chained" (the arm as the lift before left it).
+    for analysis and for auxiliary losses in training only. contact: (T,) bool, where the jaws have just taken the cube.
+    start: "home", "random", "near" (beside the cube) or "chained" (the arm as the lift before left it).
     At the last step the expert holds still: a chunk that reaches beyond it repeats the last row.
     """
 
@@ -54,6 +55,7 @@ class Demonstration:
     state_rad: NDArray[np.float32]
     action_rad: NDArray[np.float32]
     cube_m: NDArray[np.float32]
+    contact: NDArray[np.bool_]
     seed: int
     start: str
 
@@ -89,6 +91,7 @@ def describe_features(frame_size: tuple[int, ...]) -> dict[str, Feature]:
         STATE: Feature("float32", (len(joints),), joints),
         ACTION: Feature("float32", (len(joints),), joints),
         CUBE: Feature("float32", (3,), ["cube_x", "cube_y", "cube_z"]),
+        CONTACT: Feature("bool", (1,)),
         **{IMAGES + view: camera for view in VIEWS},
     }
 
@@ -96,24 +99,28 @@ def describe_features(frame_size: tuple[int, ...]) -> dict[str, Feature]:
 def read_demonstrations(directory: Path) -> list[Demonstration]:
     """Every demonstration of a dataset, in its order. Raises DataError for what is missing or damaged."""
     dataset = open_dataset(directory)
-    lacking = [
-        name for name in (STATE, ACTION, CUBE, *(IMAGES + v for v in VIEWS)) if name not in dataset.info.features
-    ]
-    if lacking:
-        raise DataError(f"{directory} has no column '{lacking[0]}': run `python -m onbeat.training.demonstrations`")
+    for name in (STATE, ACTION, CUBE, CONTACT, *(IMAGES + view for view in VIEWS)):
+        if name not in dataset.info.features:
+            raise DataError(f"{directory} has no column '{name}': run `python -m onbeat.training.demonstrations`")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda episode: _read_demonstration(dataset, episode), range(len(dataset.episodes))))
 
 
 def _read_demonstration(dataset: Dataset, episode: int) -> Demonstration:
-    state, action, cube = (dataset.numbers(episode, name) for name in (STATE, ACTION, CUBE))
+    state, action, cube, contact = (dataset.numbers(episode, name) for name in (STATE, ACTION, CUBE, CONTACT))
     frames = np.stack([dataset.frames(episode, IMAGES + view) for view in VIEWS], axis=1)
     extra = dataset.episodes[episode].extra
-    return Demonstration(frames, state, action, cube, seed=extra.get("seed", -1), start=extra.get("start", "unknown"))
+    told = {"seed": extra.get("seed", -1), "start": extra.get("start", "unknown")}
+    return Demonstration(frames, state, action, cube, contact[:, 0], **told)
 
 
 def _columns(demonstration: Demonstration) -> dict[str, NDArray[Any]]:
-    numbers = {STATE: demonstration.state_rad, ACTION: demonstration.action_rad, CUBE: demonstration.cube_m}
+    numbers = {
+        STATE: demonstration.state_rad,
+        ACTION: demonstration.action_rad,
+        CUBE: demonstration.cube_m,
+        CONTACT: demonstration.contact,
+    }
     return numbers | {IMAGES + view: demonstration.frames[:, i] for i, view in enumerate(VIEWS)}
 
 
@@ -225,7 +232,8 @@ def _collect_lift(world: World, seed: int, start: str, disturbance: Disturbance 
         if len(rows) == MAX_STEPS:
             return None
         truth, position = world.truth(), world.position_rad
-        rows.append((np.stack([world.render(v) for v in VIEWS]), position, expert.goal_rad, truth.cube_position_m))
+        views = np.stack([world.render(v) for v in VIEWS])
+        rows.append((views, position, expert.goal_rad, truth.cube_position_m, np.array(truth.grasped)))
         goal = expert.advance(truth, position)
         disturbed = goal if disturbance is None else goal + disturbance.advance()
         execute(world, executed, disturbed)
@@ -235,9 +243,10 @@ def _collect_lift(world: World, seed: int, start: str, disturbance: Disturbance 
 
 
 def _demonstration(rows: list[tuple[NDArray[Any], ...]], seed: int, start: str) -> Demonstration:
-    frames, state, action, cube = (np.stack(column) for column in zip(*rows, strict=True))
-    single = [column.astype(np.float32) for column in (state, action, cube)]
-    return Demonstration(frames, *single, seed=seed, start=start)
+    frames, state, action, cube, grasped = (np.stack(column) for column in zip(*rows, strict=True))
+    state, action, cube = (column.astype(np.float32) for column in (state, action, cube))
+    contact = grasped & ~np.concatenate([[False], grasped[:-1]])
+    return Demonstration(frames, state, action, cube, contact, seed=seed, start=start)
 
 
 def _open_world() -> None:

@@ -72,7 +72,8 @@ def synthetic_demonstration(seed: int, size: int = IMAGE_SIZE) -> Demonstration:
     share = np.linspace(0, 1, STEPS, dtype=np.float32)[:, None]
     action = share * np.tile(place, 2) * 0.5
     state = action + rng.normal(0, 0.01, action.shape).astype(np.float32)
-    return Demonstration(frames, state, action, np.tile(place, (STEPS, 1)), seed=seed, start="home")
+    contact = np.arange(STEPS) == STEPS // 2
+    return Demonstration(frames, state, action, np.tile(place, (STEPS, 1)), contact, seed=seed, start="home")
 
 
 def write_synthetic(folder: Path, demonstrations: list[Demonstration]) -> None:

@@ -1,5 +1,6 @@
 """Demonstrations: the dataset they become, what a chain records, and what pushes and poor starts add."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def small(steps: int = 4) -> Demonstration:
     frames = rng.integers(0, 255, (steps, 2, 8, 8, 3), dtype=np.uint8)
     joints = [rng.standard_normal((steps, 6)).astype(np.float32) for _ in range(2)]
     cube = rng.standard_normal((steps, 3)).astype(np.float32)
-    return Demonstration(frames, *joints, cube_m=cube, seed=7, start="home")
+    contact = np.arange(steps) == 1
+    return Demonstration(frames, *joints, cube_m=cube, contact=contact, seed=7, start="home")
 
 
 def test_a_dataset_gives_back_what_went_in(tmp_path: Path) -> None:
@@ -49,14 +51,14 @@ def test_a_dataset_gives_back_what_went_in(tmp_path: Path) -> None:
     assert (dataset.info.about, dataset.tasks, dataset.info.fps) == ({"seed": 7}, {0: "lift it"}, 10)
     for left, right in zip(before, read_demonstrations(tmp_path / "lifts"), strict=True):
         assert (left.seed, left.start) == (right.seed, right.start) == (7, "home")
-        for name in ("frames", "state_rad", "action_rad", "cube_m"):
+        for name in ("frames", "state_rad", "action_rad", "cube_m", "contact"):
             assert getattr(left, name).dtype == getattr(right, name).dtype
             assert np.array_equal(getattr(left, name), getattr(right, name)), name
 
 
 def test_unequal_lengths_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     whole = small()
-    short = Demonstration(whole.frames, whole.state_rad, whole.action_rad[:-1], whole.cube_m, seed=0, start="home")
+    short = replace(whole, action_rad=whole.action_rad[:-1])
     with pytest.raises(DataError, match=r"columns of episode 1 have \[3, 4\] rows"):
         write_demonstrations(tmp_path / "lifts", [whole, short], "lift it")
     assert list(tmp_path.iterdir()) == []
@@ -84,6 +86,14 @@ def test_a_chain_is_several_lifts_each_ending_at_rest(chain: list[Demonstration]
         assert (height[-REST_STEPS:] > 0.05).all(), "it is up at the end"
         # What a chunk that reaches beyond the end repeats is where the expert stays.
         assert np.abs(np.diff(demonstration.action_rad[-REST_STEPS:], axis=0)).max() < 0.04
+
+
+def test_the_jaws_take_the_cube_before_it_rises(chain: list[Demonstration]) -> None:
+    for demonstration in chain:
+        taken = np.flatnonzero(demonstration.contact)
+        risen = np.flatnonzero(demonstration.cube_m[:, 2] > 0.03)
+        assert 1 <= len(taken) <= 5, "an event, not a state"
+        assert taken[0] <= risen[0]
 
 
 def test_a_row_is_what_was_seen_and_due_at_one_time(chain: list[Demonstration]) -> None:
