@@ -1,6 +1,7 @@
 """The trainer: it learns, it is deterministic, it resumes, and what it writes is what it learnt."""
 
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from onbeat.training.checkpoint import load_checkpoint
 from onbeat.training.colours import draw_colours
 from onbeat.training.dataset import Steps
 from onbeat.training.feed import EpochOrder
-from onbeat.training.fit import Fit
+from onbeat.training.fit import Fit, Losses
 from onbeat.training.journal import HISTORY_FILE
 from onbeat.training.prepare import Prepared, prepare, start_fit
 from onbeat.training.recipe import Recipe, load_recipe, parse_recipe
@@ -77,6 +78,26 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tiny_recipe: Recipe, pre
     assert resumed.step == 3
     assert [resumed.advance() for _ in range(3)] == [straight.advance() for _ in range(3)]
     assert_same_weights(resumed.average, straight.average)
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_goes_on_later(
+    tiny_recipe: Recipe, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, handlers = fit_of(tiny_recipe, prepared), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    advance = fit.advance
+
+    def asked_at_the_third() -> Losses:
+        if fit.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return advance()
+
+    monkeypatch.setattr(fit, "advance", asked_at_the_third)
+    run(fit, prepared, tmp_path)
+    resumed = fit_of(tiny_recipe, prepared)
+    resumed.resume(tmp_path)
+    assert resumed.step == 3
+    assert_same_weights(resumed.policy, fit.policy)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_resuming_nothing_or_another_recipe_is_refused(tiny_recipe: Recipe, prepared: Prepared, tmp_path) -> None:
