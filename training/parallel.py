@@ -106,6 +106,13 @@ def shard(module: nn.Module, compute: torch.dtype | None = None) -> None:
         experts.touch_all = True  # gradients are added by position: every process must have the same ones
 
 
+def sharded_parts(module: nn.Module) -> list[list[nn.Parameter]]:
+    """The weights that are gathered together, unit by unit; the last is what belongs to the module itself."""
+    units = [list(unit.parameters()) for unit, _ in _units(module)]
+    taken = {id(parameter) for unit in units for parameter in unit}
+    return [*units, [parameter for parameter in module.parameters() if id(parameter) not in taken]]
+
+
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """The module's weights gathered while it is only read, such as by a sampler that calls its parts one by one."""
