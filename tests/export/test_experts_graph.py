@@ -74,7 +74,7 @@ def test_the_manifest_says_so_and_is_read_again(bundle: Bundle) -> None:
 def test_the_flow_gathers_the_chosen_experts_once_for_all_its_steps(bundle: Bundle) -> None:
     graph = onnx.load(bundle.folder / "flow.onnx", load_external_data=False).graph
     stacked = {tensor.name: list(tensor.dims) for tensor in graph.initializer if "experts_mot_gen" in tensor.name}
-    assert sorted(stacked.values()) == [[COUNT, 16, 48]] * 2 + [[COUNT, 24, 16]] * 2
+    assert sorted(stacked.values()) == [[COUNT, 24, 16]] * 2 + [[COUNT, 48, 16]] * 2
     readers = [node for node in graph.node if set(node.input) & set(stacked)]
     assert [node.op_type for node in readers] == ["Gather"] * 4
     assert {node.input[1] for node in readers} == {"experts_01", "experts_02"}
@@ -166,7 +166,7 @@ def weights_not_renormalised(patch: pytest.MonkeyPatch) -> None:
     def halved(take: Function) -> Function:
         def wrong(graph: Any, *rest: Any) -> experts.Mixture:
             mixture = take(graph, *rest)
-            return replace(mixture, weights=graph.op("Mul", mixture.weights, graph.floats(0.9)))
+            return replace(mixture, down=graph.op("Mul", mixture.down, graph.floats(0.9)))
 
         return wrong
 
@@ -188,8 +188,8 @@ def router_reads_the_first_row(patch: pytest.MonkeyPatch) -> None:
 
 def experts_swapped(patch: pytest.MonkeyPatch) -> None:
     def reversed_stack(stacked: Function) -> Function:
-        def wrong(graph: Any, layer: str, config: ExpertsConfig) -> tuple[str, str]:
-            gate_up, down = stacked(graph, layer, config)
+        def wrong(graph: Any, layer: str, count: int) -> tuple[str, str]:
+            gate_up, down = stacked(graph, layer, count)
             order = graph.ints([1, 0, *range(2, COUNT)])
             return gate_up, graph.op("Gather", down, order, axis=0)
 
