@@ -12,6 +12,7 @@ import pytest
 
 from onbeat.export import bundling, experts, flow_graph, graphs, prefix_graph, proof
 from onbeat.export.bundling import Recipe, export_bundle
+from onbeat.export.export import describe_export
 from onbeat.export.prefix_graph import PrefixLayout
 from onbeat.export.proof import draw_inputs
 from onbeat.runtime.bundle import Bundle, load_bundle
@@ -64,6 +65,7 @@ def recipe(checkpoint: Path) -> Recipe:
 def test_the_manifest_says_so_and_is_read_again(bundle: Bundle) -> None:
     manifest = load_bundle(bundle.folder).manifest
     assert manifest.policy.experts == ExpertsSpec(layers=2, count=COUNT, top_k=TOP_K, routing="observation")
+    assert describe_export(bundle, seconds=0.0)["experts"] == f"{TOP_K} of {COUNT}"
     assert manifest.policy.trained_delay == 5
     assert manifest.graphs["prefix"].outputs["experts_01"] == ["int64", [TOP_K]]
     assert manifest.graphs["flow"].inputs["expert_weights_02"] == ["float32", [TOP_K]]
@@ -126,7 +128,7 @@ def poison(folder: Path, kept: dict[int, list[int]]) -> None:
     weights.flush()
 
 
-@pytest.mark.parametrize("top_k", [1, TOP_K])
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), TOP_K])
 def test_one_chunk_reads_the_weights_of_the_chosen_experts_alone(tmp_path: Path, top_k: int) -> None:
     """Weights that are not chosen may be anything, even no numbers: the chunk keeps every bit."""
     engine = write_engine(tmp_path, mixture_config(40, top_k=top_k), seed=3)
@@ -144,6 +146,7 @@ def test_one_chunk_reads_the_weights_of_the_chosen_experts_alone(tmp_path: Path,
     assert not np.isfinite(broken.flow(broken.prefix(draw.inputs), draw.noise).actions).all(), "poison works"
 
 
+@pytest.mark.slow
 def test_adapters_cost_nothing_at_run_time(tmp_path: Path) -> None:
     adapted = mixture_config(40)
     nodes = []
