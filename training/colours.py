@@ -13,9 +13,9 @@ class Colours(NamedTuple):
     offset: Tensor
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, V', 3, S, S), normalised, V' <= V."""
-        views = pixels.shape[1]
-        return pixels * self.gain[:, :views] + (self.offset[:, :views] - 1)
+        """pixels: (B, V', 3, S, S), normalised; views past V have the colours of the first ones again."""
+        view = torch.arange(pixels.shape[1]) % self.gain.shape[1]
+        return pixels * self.gain[:, view] + (self.offset[:, view] - 1)
 
     def rows(self, rows: Tensor, device: torch.device) -> "Colours":
         """Those of some observations."""

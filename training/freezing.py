@@ -37,7 +37,10 @@ PARTS = {
     "gate": r"mpg\.",
 }
 FOUNDATION = "foundation"
-NAMES = (*PARTS, FOUNDATION)
+NAMES = (
+    *("vision", "connector", "embedding", "understanding", "lm_head"),
+    *(FOUNDATION, "action", "routers", "experts", "heads", "adapters", "gate"),
+)
 SLOTTED = ("adapters",)
 
 PRESETS: Mapping[str, Mapping[str, Treatment]] = {

@@ -57,7 +57,7 @@ class Prepared:
     def robots(self) -> list[Embodiment]:
         return [language.embodiment for language in self.languages.values()]
 
-    def prompts(self) -> list[int]:
+    def prompt_lengths(self) -> list[int]:
         """The number of tokens of each source's first prompt."""
         generator = np.random.default_rng(0)
         return [len(source.sample(0, generator).prompt.token_ids) for source in self.sources]
@@ -152,6 +152,8 @@ def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
         raise RecipeError(
             f"batch is {recipe.fitting.batch}: give each of {world()} processes one in every part of a step"
         )
+    if recipe.fitting.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device is cuda, and PyTorch finds no GPU here: give cpu")
     device = torch.device(recipe.fitting.device)
     policy = start_policy(recipe, prepared.vocabulary, prepared.state_slots, prepared.action_slots)
     place = place_question(recipe, policy, prepared)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from onbeat.training.checkpoint import WEIGHTS_FILE, CheckpointError
 from onbeat.training.fit import Fit, Losses
 from onbeat.training.journal import Journal
+from onbeat.training.memory import MIB
 from onbeat.training.model.policy import count_parameters
 from onbeat.training.parallel import joined, rank, world
 from onbeat.training.plan import plan_lines, rehearse
@@ -68,9 +69,10 @@ def plan(recipe: Recipe, data: Path, out: Path) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(recipe, data, Path(scratch))
         fit = start_fit(recipe, prepared)
-        tried = rehearse(fit)
+        tried = rehearse(fit, prepared)
         _tell(plan_lines(fit, prepared, out, tried))
-    return {"step": 0, "parameters": count_parameters(fit.policy), "step_s": tried.step_s}
+    memory_mib = round(tried.memory.total / MIB, 1)
+    return {"step": 0, "parameters": count_parameters(fit.policy), "step_s": tried.step_s, "memory_mib": memory_mib}
 
 
 def run(fit: Fit, prepared: Prepared, out: Path) -> None:

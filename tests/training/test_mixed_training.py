@@ -167,7 +167,8 @@ def check_rehearsal(arguments: list[str], folder: Path, capsys) -> None:
     assert onbeat([*arguments, "--dry-run"]) == 0
     figures, plan = capsys.readouterr()
     assert json.loads(figures)["step_s"] > 0
-    for told in ("arm", "hand", "experts", "routers", "adapters", "active slots", "60 steps of 20", "samples/s"):
+    assert json.loads(figures)["memory_mib"] > 0
+    for told in ("MiB", "arm", "hand", "experts", "routers", "adapters", "active slots", "60 steps of 20", "samples/s"):
         assert told in plan
     assert [path.name for path in folder.iterdir()] == ["recipe.toml"]
 

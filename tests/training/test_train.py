@@ -180,6 +180,8 @@ def test_jitter_changes_colours_within_bounds_and_not_without() -> None:
     assert (changed - pixels).abs().max() <= 0.1 * 2 + 0.1 + 1e-6
     assert not torch.equal(changed[0, 0], changed[0, 1])
     assert bool((changed.std((-1, -2)) < 1e-6).all()), "one gain and offset per channel"
+    more = colours.apply(pixels[:, :1].expand(2, 5, 3, 4, 4))
+    assert torch.equal(more[:, 3:], more[:, :2]), "an image more than any robot has views"
 
 
 def test_the_command_trains_resumes_and_tells(demonstrations: Path, tmp_path: Path, capsys) -> None:
