@@ -122,6 +122,15 @@ def test_full_files_are_followed_by_further_ones(tmp_path: Path) -> None:
     assert all(same(dataset, e, LENGTHS[e] - 1, camera) for e in range(3) for camera in (TOP, WRIST, DEPTH))
 
 
+def test_a_lossy_video_stays_close(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 250, HEIGHT * WIDTH).reshape(1, HEIGHT, WIDTH, 1).astype(np.uint8)
+    smooth = {**EPISODES[0], TOP: np.broadcast_to(ramp, (5, HEIGHT, WIDTH, 3))}
+    with DatasetWriter(tmp_path / "x", fps=FPS, features=FEATURES, encoding="h264") as writer:
+        writer.add_episode(smooth, "reach")
+    found = open_dataset(tmp_path / "x").frames(0, TOP).astype(int)
+    assert 0 < np.abs(found - smooth[TOP]).max() < 12
+
+
 def test_statistics_of_the_dataset_are_those_of_all_rows(tmp_path: Path) -> None:
     stats = json.loads((write(tmp_path / "dataset") / "meta/stats.json").read_text())
     actions = np.concatenate([e["action"] for e in EPISODES]).astype(np.float64)
@@ -191,6 +200,24 @@ def test_a_writer_that_is_interrupted_leaves_nothing(version: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_episode_that_fails_half_way_ends_the_dataset(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its table is written and its video is not: nothing may be built upon that, though the caller goes on."""
+    writer = DatasetWriter(tmp_path / "x", fps=FPS, features=FEATURES, version=version)
+    writer.add_episode(EPISODES[0], "reach")
+    monkeypatch.setattr("onbeat.training.data.video.VideoWriter.append", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.add_episode(EPISODES[1], "reach")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="given up"):
+        writer.add_episode(EPISODES[1], "reach")
+    with pytest.raises(DataError, match="given up"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_exists_is_not_written_over(folder: Path) -> None:
     with pytest.raises(DataError, match="exists already"):
         DatasetWriter(folder, fps=FPS, features=FEATURES)
@@ -206,6 +233,7 @@ def test_a_dataset_of_no_episode_is_none(tmp_path: Path) -> None:
     ("name", "feature", "text"),
     [
         ("d", Feature("video", (4, 4, 1)), "'d' is a depth camera"),
+        ("top", Feature("video", (5, 4, 3)), "even heights"),
         ("words", Feature("string", (1,)), "'words' is text"),
         ("a/b", Feature("float32", (1,)), "cannot be called 'a/b'"),
         ("timestamp", Feature("float32", (1,)), "cannot be called 'timestamp'"),
@@ -215,7 +243,7 @@ def test_columns_that_the_format_cannot_hold_are_refused(
     name: str, feature: Feature, text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=text):
-        DatasetWriter(tmp_path / "x", fps=FPS, features={name: feature})
+        DatasetWriter(tmp_path / "x", fps=FPS, features={name: feature}, encoding="h264")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,6 +28,11 @@ class Encoding:
     pixels: str
     options: tuple[tuple[str, str], ...]
 
+    @property
+    def halves_colour(self) -> bool:
+        """Whether two by two pixels share a colour, so that sides must be even."""
+        return self.pixels == "yuv420p"
+
 
 ENCODINGS = {
     # H.264 in RGB with quantiser 0: every bit survives, and FFmpeg's own decoder reads it.
