@@ -81,14 +81,9 @@ class Policy(nn.Module):
         """
         after = image_start + image_tokens.shape[1]
         assert after <= state_index, f"image tokens end at {after}, after the state token at {state_index}"
-        embed = self.language_model.embed_tokens
-        pieces = [
-            embed(token_ids[:, :image_start]),
-            image_tokens,
-            embed(token_ids[:, after:state_index]),
-            embed(token_ids[:, state_index + 1 :]),
-        ]
-        return torch.cat(pieces, dim=1)
+        words = [token_ids[:, :image_start], token_ids[:, after:state_index], token_ids[:, state_index + 1 :]]
+        text = self.language_model.embed_tokens(torch.cat(words, dim=1))  # once: its gradient is as large as its table
+        return torch.cat([text[:, :image_start], image_tokens, text[:, image_start:]], dim=1)
 
     def encode_prefix(
         self, pixel_values: Tensor, token_ids: Tensor, image_start: int, state_index: int, state: Tensor
