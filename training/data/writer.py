@@ -135,7 +135,7 @@ class DatasetWriter:
 
     def _check_open(self) -> None:
         if not self._is_open:
-            raise DataError(f"{self.folder} was closed, or given up when an episode could not be written: write it anew")
+            raise DataError(f"{self.folder} was closed, or given up when an episode failed: write it anew")
 
     def _check(self, columns: Columns) -> dict[str, NDArray[Any]]:
         wanted = {name: feature for name, feature in self.features.items() if name not in INDEX_FEATURES}
