@@ -1,6 +1,6 @@
 """What the steps since the last report came to, by robot and by task: losses, and how the routers chose.
 
-L layers with experts, E experts.
+L layers with experts, counted from the first that has them, E experts.
 """
 
 from collections.abc import Sequence
