@@ -31,6 +31,7 @@ from onbeat.training.recompute import recompute_layers
 
 FLOAT = 4  # bytes: weights, gradients, moments and the average are float32 always
 MIB = 2**20
+WORDLESS = 8  # rows of an embedding that does not count
 FEW = 2  # layers of a stack that are gone through one by one
 IMAGE_START = 20
 UNIFIED = 200
@@ -99,14 +100,18 @@ def gathered_bytes(policy: Policy) -> int:
 
 
 def passing_peak(config: PolicyConfig, load: Load) -> int:
-    """Bytes that forward and backward need beside weights and gradients, from few layers: each adds the same."""
+    """Bytes that forward and backward need beside weights and gradients, from few layers: each adds the same.
+
+    The worst moment is when the way back begins, or at its end, when the embedding's gradient is made.
+    """
     vision, decoder = config.vision.depth, config.decoder.layers
     few = min(vision, FEW), min(decoder, FEW)
-    least = counted_peak(_cut(config, *few), load)
+    least = counted_peak(_cut(config, *few, WORDLESS), load)
     more = [(few[0] + 1, few[1]), (few[0], few[1] + 1)]
     beyond = vision - few[0], decoder - few[1]
-    each = [n and counted_peak(_cut(config, *depth), load) - least for n, depth in zip(beyond, more, strict=True)]
-    return least + sum(n * size for n, size in zip(beyond, each, strict=True))
+    grown = [n and counted_peak(_cut(config, *depth, WORDLESS), load) for n, depth in zip(beyond, more, strict=True)]
+    begins = least + sum(n * (size - least) for n, size in zip(beyond, grown, strict=True))
+    return max(begins, counted_peak(_cut(config, *few, config.decoder.vocabulary), load))
 
 
 def counted_peak(config: PolicyConfig, load: Load) -> int:
@@ -125,9 +130,9 @@ def counted_peak(config: PolicyConfig, load: Load) -> int:
     return allocations.peak
 
 
-def _cut(config: PolicyConfig, vision: int, decoder: int) -> PolicyConfig:
-    tower = replace(config.vision, layers=vision, select_layer=-1)
-    return replace(as_dense(config), vision=tower, decoder=replace(as_dense(config).decoder, layers=decoder))
+def _cut(config: PolicyConfig, vision: int, decoder: int, vocabulary: int) -> PolicyConfig:
+    tower, dense = replace(config.vision, layers=vision, select_layer=-1), as_dense(config)
+    return replace(dense, vision=tower, decoder=replace(dense.decoder, layers=decoder, vocabulary=vocabulary))
 
 
 def as_dense(config: PolicyConfig) -> PolicyConfig:
@@ -191,7 +196,7 @@ def part_lines(config: PolicyConfig) -> list[str]:
 
 def measured_peak(config: PolicyConfig, load: Load) -> int:
     """Bytes by which this process grew while it really took steps: the kernel's word. Linux; in a fresh process."""
-    take_steps(_cut(config, 1, 1), replace(load, batch=1))  # loads the libraries, whose pages count
+    take_steps(_cut(config, 1, 1, WORDLESS), replace(load, batch=1))  # loads the libraries, whose pages count
     before = _resident("VmRSS")
     take_steps(config, load)
     return _resident("VmHWM") - before
