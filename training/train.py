@@ -145,14 +145,18 @@ def _tell(lines: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onbeat train",
-        description="Fit a policy on recorded demonstrations.",
+        description="Fit a policy, a fresh one or a checkpoint, on demonstrations or on a mixture of datasets.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="TOML file, such as training/configs/so101_lift.toml")
-    parser.add_argument("--data", type=Path, default=Path("out/demonstrations"), help="folder of demonstrations")
+    parser.add_argument(
+        "--data", type=Path, default=Path("out/demonstrations"), help="demonstrations, where the recipe has no [data]"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/checkpoint"), help="checkpoint folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from what is in --out")
-    parser.add_argument("--dry-run", action="store_true", help="read and check, time a few steps, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read and check, tell plan, memory and time of a step, write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print recipe and held-out losses as JSON on stdout")
     return parser
 
