@@ -133,9 +133,7 @@ class Objective:
         return Sums(
             torch.cat([part.task.counted.flatten(1).sum(1) for part in asked]).float(),
             torch.cat([(part.group.answer != NOT_ASKED).sum(1) for part in asked]).float(),
-            torch.cat([torch.full_like(part.group.rows, int(self._asks_place(part))) for part in asked])
-            .to(self.moved.device)
-            .float(),
+            torch.cat([part.group.state.new_full((len(part.group),), self._asks_place(part)) for part in asked]),
         )
 
     def answer(self, policy: Policy, asked: Sequence[Asked]) -> Answered:

@@ -9,7 +9,7 @@ import torch
 
 from onbeat.runtime.prompt import Prompt
 from onbeat.training.batch import cut_groups, group_samples
-from onbeat.training.config import DelayConfig
+from onbeat.training.config import DelayConfig, ExpertsConfig
 from onbeat.training.data.sample import Sample
 from onbeat.training.fit import Fit
 from onbeat.training.losses import CLEAN_BUCKET, NOT_ASKED
@@ -61,8 +61,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(tiny_recipe: Recipe, prepared: Pre
         assert (ours - theirs).abs().max() < 1e-4  # AdamW's first steps have the gradient's sign alone
 
 
-def test_layers_computed_again_have_the_same_gradients(tiny_recipe: Recipe, prepared: Prepared) -> None:
-    kept, again = fit_of(tiny_recipe, prepared), fit_of(tiny_recipe, prepared, recompute=True)
+@pytest.mark.parametrize("routed", [False, True])
+def test_layers_computed_again_have_the_same_gradients(routed: bool, tiny_recipe: Recipe, prepared: Prepared) -> None:
+    network = replace(tiny_recipe.network, und_width=24, experts=ExpertsConfig(1, 3, 2), gate=Gate())
+    recipe = replace(tiny_recipe, network=network) if routed else tiny_recipe
+    kept, again = fit_of(recipe, prepared), fit_of(recipe, prepared, recompute=True)
     assert again.advance() == kept.advance()
     for (name, ours), theirs in zip(kept.policy.named_parameters(), again.policy.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
