@@ -102,20 +102,21 @@ def gathered_bytes(policy: Policy) -> int:
 def passing_peak(config: PolicyConfig, load: Load) -> int:
     """Bytes that forward and backward need beside weights and gradients, from few layers: each adds the same.
 
-    The worst moment is when the way back begins, or at its end, when the embedding's gradient is made.
+    The worst moment is on the way forward, when the way back begins, or at its end, when the embedding's gradient is
+    made: each is continued by itself, as which of them is the worst depends on the depth.
     """
     vision, decoder = config.vision.depth, config.decoder.layers
     few = min(vision, FEW), min(decoder, FEW)
-    least = counted_peak(_cut(config, *few, WORDLESS), load)
-    more = [(few[0] + 1, few[1]), (few[0], few[1] + 1)]
+    least = counted_peaks(_cut(config, *few, WORDLESS), load)
+    deeper = counted_peaks(_cut(config, few[0] + 1, few[1], WORDLESS), load) if vision > few[0] else least
+    longer = counted_peaks(_cut(config, few[0], few[1] + 1, WORDLESS), load) if decoder > few[1] else least
     beyond = vision - few[0], decoder - few[1]
-    grown = [n and counted_peak(_cut(config, *depth, WORDLESS), load) for n, depth in zip(beyond, more, strict=True)]
-    begins = least + sum(n * (size - least) for n, size in zip(beyond, grown, strict=True))
-    return max(begins, counted_peak(_cut(config, *few, config.decoder.vocabulary), load))
+    ways = [a + beyond[0] * (v - a) + beyond[1] * (d - a) for a, v, d in zip(least, deeper, longer, strict=True)]
+    return max(*ways, *counted_peaks(_cut(config, *few, config.decoder.vocabulary), load))
 
 
-def counted_peak(config: PolicyConfig, load: Load) -> int:
-    """The same for this depth, every allocation counted. Gradients leave as soon as they are made."""
+def counted_peaks(config: PolicyConfig, load: Load) -> tuple[int, int]:
+    """On the way forward and on the way back of this depth, every allocation counted. Gradients leave once made."""
     with FakeTensorMode():
         policy, allocations = Policy(config), Allocations()
         for parameter in policy.parameters():
@@ -126,8 +127,9 @@ def counted_peak(config: PolicyConfig, load: Load) -> int:
         with allocations:
             with half:
                 loss = _forward(policy, load)
+            forward, allocations.peak = allocations.peak, allocations.live
             loss.backward()
-    return allocations.peak
+    return forward, allocations.peak
 
 
 def _cut(config: PolicyConfig, vision: int, decoder: int, vocabulary: int) -> PolicyConfig:

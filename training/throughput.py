@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -163,6 +162,15 @@ def product_s(shape: Shape) -> float:
     return min(_timed(lambda: torch.mm(left, right, out=out)) for _ in range(REPEATS))
 
 
+class Operation(Protocol):
+    """What is read of a profiler's event. cpu_parent: the operation that it is part of."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def cpu_parent(self) -> "Operation | None": ...
+
+
 def shares_of_time(step: Callable[[], object], waiting: float) -> dict[str, float]:
     """What each kind of operation takes of a step, by itself. waiting: the share that went to waiting for data."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -175,7 +183,7 @@ def shares_of_time(step: Callable[[], object], waiting: float) -> dict[str, floa
     return {**shares, WAITING: waiting, PYTHON: max(0.0, 1 - waiting - sum(shares.values()))}
 
 
-def kind_of(event: FunctionEvent) -> str:
+def kind_of(event: Operation) -> str:
     """The first kind of the table that an operation, or anything it is part of, belongs to."""
     names, at = [event.name], event.cpu_parent
     while at is not None:

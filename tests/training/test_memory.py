@@ -13,7 +13,7 @@ from onbeat.training.memory import (
     MIB,
     Allocations,
     Load,
-    counted_peak,
+    counted_peaks,
     estimate,
     main,
     passing_peak,
@@ -64,14 +64,19 @@ def test_backward_of_a_linear_layer_is_counted() -> None:
     assert allocations.peak >= 50 * 100 * 4 + 10 * 50 * 4, "with the product's gradient"
 
 
+# Activations are the most, then the embedding's gradient, then the weights in bfloat16 that autocast keeps on its way.
+DEPTHS = [(50, LOAD), (50_000, LOAD), (50, Load(1, 1, views=1, words=22, recompute=True, half=True))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-def test_few_layers_tell_of_many(recompute: bool) -> None:
-    load = replace(LOAD, recompute=recompute)
-    for vocabulary in (50, 5_000, 50_000):  # activations are more than the embedding's gradient, then less
-        decoder = replace(SMALL.decoder, layers=4, vocabulary=vocabulary)
-        deep = replace(SMALL, vision=replace(SMALL.vision, layers=3), decoder=decoder)
-        assert passing_peak(deep, load) == pytest.approx(counted_peak(deep, load), rel=0.02)
+@pytest.mark.parametrize(("vocabulary", "load"), DEPTHS, ids=["activations", "embedding", "weights"])
+def test_few_layers_tell_of_many(vocabulary: int, load: Load) -> None:
+    decoder = replace(SMALL.decoder, layers=5, vocabulary=vocabulary)
+    deep = replace(SMALL, vision=replace(SMALL.vision, layers=4), decoder=decoder)
+    if load.half:
+        wide = StreamConfig(128, 512)
+        deep = replace(deep, decoder=replace(decoder, und=wide, gen=wide))
+    assert passing_peak(deep, load) == pytest.approx(max(counted_peaks(deep, load)), rel=0.05)
 
 
 @pytest.mark.slow

@@ -96,11 +96,13 @@ class Run:
         """This process's part of the mean over the whole batch."""
         rows = parallel.share(torch.arange(len(step.prefixes)))
         caches = self.policy.encode_prefixes([step.prefixes[row] for row in rows])
+        assert self.policy.mpg is not None
         flow = self.policy.flows(caches, step.noisy[rows], step.bucket[rows], self.policy.mpg.project)
         counted = step.counted[rows]
         error = ((flow.velocity - step.target[rows]).square() * counted).sum()
         own = counted.sum()
         count = own * parallel.world() if self.mistake == "local-count" else parallel.global_sum(own)
+        assert flow.routing is not None
         use = parallel.global_sum(flow.routing.use.sum(1)) / len(step.prefixes)
         return error / count + 0.01 * balance_loss(flow.routing, use).sum() / len(step.prefixes)
 
