@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Idle worker threads that spin cost more than they bring on small machines.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test fast check soak train bundle evaluate clean system
+.PHONY: run test fast check lerobot-check soak train bundle evaluate clean system
 
 run: .venv/installed-run
 	$(BIN)/onbeat run $(RUN_ARGS)
@@ -30,9 +30,19 @@ evaluate: .venv/installed-test
 soak: .venv/installed-test
 	$(BIN)/python -m pytest -m soak
 
+# LeRobot's own loader on what we write, ours on what it writes; in an environment of its own (8 GB) under out/.
+LEROBOT ?= lerobot==0.4.4
+LEROBOT_BIN ?= out/lerobot-venv/bin
+lerobot-check: .venv/installed-test
+	test -x $(LEROBOT_BIN)/python || ($(PYTHON) -m venv out/lerobot-venv && $(LEROBOT_BIN)/pip install --quiet '$(LEROBOT)')
+	rm -rf out/lerobot-check
+	$(BIN)/python tests/lerobot_check/ours.py write out/lerobot-check/ours
+	HF_HUB_OFFLINE=1 SVT_LOG=1 $(LEROBOT_BIN)/python tests/lerobot_check/theirs.py out/lerobot-check/ours out/lerobot-check/theirs
+	$(BIN)/python tests/lerobot_check/ours.py read out/lerobot-check/theirs
+
 # From nothing to the bundle that ships, in about an hour: docs/decisions/0011-first-policy.md.
 train: .venv/installed-test
-	$(BIN)/python -m onbeat.training.demonstrations --episodes 960 --seed 1000 --workers 2 --out out/demonstrations
+	test -d out/demonstrations || $(BIN)/python -m onbeat.training.demonstrations --episodes 960 --seed 1000 --workers 2 --out out/demonstrations
 	$(BIN)/onbeat train training/configs/so101_lift.toml --data out/demonstrations --out out/checkpoint
 	$(BIN)/onbeat export out/checkpoint out/so101-lift --embodiment so101
 

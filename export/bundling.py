@@ -1,7 +1,7 @@
 """From a checkpoint to a bundle: load, write the graphs, prove them, seal."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from onbeat.runtime.prompt import Prompt
 from onbeat.training.checkpoint import load_checkpoint
 from onbeat.training.config import PolicyConfig
 from onbeat.training.model.policy import Policy
+from onbeat.training.start import slots_of
 from onbeat.training.torch_engine import TorchEngine, build_engine
 
 GATES = ("expectation", "directions", "off")
@@ -71,7 +72,9 @@ def _fill(recipe: Recipe, folder: Path) -> Manifest:
     check_vocabulary(recipe.language, network.policy.config)
     recipe.language.save(folder)
     layout = PrefixLayout(network.spec.views, prompt.image_start, prompt.state_index)
-    write_graphs(network.policy, layout, network.spec.sampler, folder)
+    write_graphs(
+        network.policy, layout, network.spec.sampler, folder, slots_of(recipe.language.embodiment.action).numpy()
+    )
     return Manifest(
         embodiment=recipe.language.settings.embodiment,
         checkpoint=CheckpointSource(recipe.name, digest_checkpoint(recipe.checkpoint)),
@@ -100,8 +103,9 @@ def _open_network(recipe: Recipe) -> TorchEngine:
     policy: Policy = load_checkpoint(recipe.checkpoint, rope=recipe.rope)
     overrides = {**recipe.overrides, **({"use_mpg": False} if recipe.gate == "off" else {})}
     views = len(recipe.language.settings.views)
-    engine = build_engine(policy, views=views, overrides=overrides, directions=recipe.gate == "directions")
-    return TorchEngine(engine.policy, engine.spec, lock_prefix=True)
+    directions, slots = recipe.gate == "directions", slots_of(recipe.language.embodiment.action).numpy()
+    engine = build_engine(policy, views=views, overrides=overrides, directions=directions, slots=slots)
+    return replace(engine, lock_prefix=True)
 
 
 def _prove(folder: Path, network: TorchEngine, prompt: Prompt, tolerance: float) -> Proof:

@@ -115,7 +115,7 @@ def _export_row(recipe: Recipe, out: Path, *, replace: bool) -> dict[str, Any]:
 
 def describe_export(bundle: Bundle, seconds: float) -> dict[str, Any]:
     """One line of the report."""
-    manifest, sampler = bundle.manifest, bundle.manifest.policy.sampler
+    manifest, sampler, experts = bundle.manifest, bundle.manifest.policy.sampler, bundle.manifest.policy.experts
     return {
         "bundle": str(bundle.folder),
         "embodiment": manifest.embodiment,
@@ -123,6 +123,7 @@ def describe_export(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "flow_steps": sampler.flow_steps,
         "iterations": sampler.iterations,
         "gate": sampler.gate,
+        "experts": None if experts is None else f"{experts.top_k} of {experts.count}",
         "prefix_difference": manifest.proof.prefix,
         "flow_difference": manifest.proof.flow,
         "megabytes": round(sum((bundle.folder / name).stat().st_size for name in manifest.files) / 1e6, 3),

@@ -7,13 +7,15 @@ of W2 into a bias per step.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from onbeat.embodiment.slots import UNIFIED_DIM
-from onbeat.export import layers
+from onbeat.export import experts, layers
+from onbeat.export.experts import Mixture
 from onbeat.export.graph import END, Graph
 from onbeat.export.layers import Parameters, action_stream
 from onbeat.runtime.engine import SamplerSpec
@@ -25,10 +27,11 @@ from onbeat.training.model.sampler import CLEAN_BUCKET, pull_limit, time_buckets
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The prefix as the flow sees it: keys and values per layer, the action rows' rotation, and their mask."""
+    """The prefix as the flow sees it: keys, values and experts per layer, the action rows' rotation, and their mask."""
 
     keys: list[str]
     values: list[str]
+    mixtures: list[Mixture | None]
     tables: tuple[str, str]
     mask: str
 
@@ -62,25 +65,34 @@ class FlowWriter:
     directions: str | None
 
 
-def add_flow(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) -> None:
-    """Add the whole sampler, inputs and outputs included."""
+def add_flow(
+    graph: Graph, config: PolicyConfig, sampler: SamplerSpec, resting: NDArray[np.bool_] | None = None
+) -> None:
+    """Add the whole sampler, inputs and outputs included. resting: (200,) bool, slots that start at 0, not at noise."""
     chunk = config.chunk
-    cache_inputs = _cache_inputs(graph, config)
+    keys, values = _cache_inputs(graph, config)
+    mixtures = experts.take_routes(graph, config.decoder)
     noise = graph.input("noise", np.float32, [sampler.iterations, chunk, UNIFIED_DIM])
     directions = _directions_input(graph, config, sampler)
     prev_chunk = graph.input("prev_chunk", np.float32, [chunk, UNIFIED_DIM])
     delay = graph.input("delay", np.int64, [])
     with graph.scope("positions"):
-        cache = _cache(graph, config, *cache_inputs)
+        tables, mask = _places(graph, config, keys[0])
     with graph.scope("prefix"):
         rows = graph.weight("rows", np.arange(chunk, dtype=np.int64)[:, None])
         prefix = Prefix(frozen=graph.op("Less", rows, delay), actions=prev_chunk)
+    cache = Cache(keys, values, mixtures, tables, mask)
     writer = FlowWriter(graph, config, sampler, cache, prefix, _guide_inputs(graph, chunk), directions)
-    actions, gates, costs = _iterations(writer, noise)
+    actions, gates, costs = _iterations(writer, noise if resting is None else _quiet(graph, noise, resting))
     graph.output(actions, "actions", np.float32, [chunk, UNIFIED_DIM])
     if gates:
         _publish_gates(writer, "gate", gates)
         _publish_gates(writer, "cost", costs)
+
+
+def _quiet(graph: Graph, noise: str, resting: NDArray[np.bool_]) -> str:
+    """The noise (I, C, 200) with 0 in the slots that rest."""
+    return graph.op("Where", graph.weight("resting_slots", resting), graph.floats(0), noise)
 
 
 def _cache_inputs(graph: Graph, config: PolicyConfig) -> tuple[list[str], list[str]]:
@@ -107,14 +119,15 @@ def _directions_input(graph: Graph, config: PolicyConfig, sampler: SamplerSpec) 
     return graph.input("directions", np.float32, shape)
 
 
-def _cache(graph: Graph, config: PolicyConfig, keys: list[str], values: list[str]) -> Cache:
-    """The action rows stand right behind the N prefix rows, see all of those, and each other causally."""
-    count = graph.op("Squeeze", graph.op("Shape", keys[0], start=1, end=2))
+def _places(graph: Graph, config: PolicyConfig, key: str) -> tuple[tuple[str, str], str]:
+    """The action rows' rotation and mask: they stand right behind the N prefix rows of `key` (k, N, d), see all of
+    those, and each other causally."""
+    count = graph.op("Squeeze", graph.op("Shape", key, start=1, end=2))
     end = graph.op("Add", count, graph.ints(config.chunk))
     positions = graph.op("Range", count, end, graph.ints(1))
     everything = graph.op("Range", graph.ints(0), end, graph.ints(1))
     mask = layers.causal_mask(graph, config.decoder, positions, everything)
-    return Cache(keys, values, layers.rope_tables(graph, positions), mask)
+    return layers.rope_tables(graph, positions), mask
 
 
 def _iterations(writer: FlowWriter, noise: str) -> tuple[str, list[str], list[str]]:
@@ -223,7 +236,9 @@ def _flow_layer(writer: FlowWriter, index: int, x: str) -> str:
     keys = graph.op("Concat", cache.keys[index], layers.heads_first(graph, key), axis=1)
     values = graph.op("Concat", cache.values[index], layers.heads_first(graph, value), axis=1)
     mixed = layers.attend(graph, heads, query, keys, values, cache.mask)
-    return layers.finish_layer(graph, layer, stream, x, mixed)
+    mixture = cache.mixtures[index]
+    choose = None if mixture is None else partial(experts.mix, graph, heads, mixture)
+    return layers.finish_layer(graph, layer, stream, x, mixed, choose)
 
 
 def first_pass(writer: FlowWriter, features: str) -> str:

@@ -4,7 +4,7 @@ T rows of a stream, W its width, h query heads, k key-value heads, g = h / k que
 Weights keep the names of the published checkpoint, with a suffix when they are stored in another form.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,10 +189,17 @@ def input_norm(graph: Graph, layer: str, stream: Stream, x: str) -> str:
     return _stream_norm(graph, f"{layer}.input_layernorm{stream.suffix}", stream, x)
 
 
-def finish_layer(graph: Graph, layer: str, stream: Stream, x: str, attended: str) -> str:
-    """Residual, output projection, norm, gated MLP, residual: x and attended (T, W) -> (T, W)."""
+def finish_layer(
+    graph: Graph, layer: str, stream: Stream, x: str, attended: str, feed_forward: Callable[[str], str] | None = None
+) -> str:
+    """Residual, output projection, norm, feed-forward, residual: x and attended (T, W) -> (T, W).
+
+    feed_forward: None for the stream's own, the gated MLP.
+    """
     x = graph.op("Add", x, linear(graph, f"{layer}.self_attn.o_proj{stream.suffix}", attended))
     normed = _stream_norm(graph, f"{layer}.post_attention_layernorm{stream.suffix}", stream, x)
+    if feed_forward is not None:
+        return graph.op("Add", x, feed_forward(normed))
     return graph.op("Add", x, gated_mlp(graph, f"{layer}.mlp{stream.suffix}", stream.config.activation, normed))
 
 

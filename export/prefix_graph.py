@@ -1,4 +1,4 @@
-"""The prefix graph: camera views, token ids and state in; the keys and values of every layer out.
+"""The prefix graph: camera views, token ids and state in; the keys, values and choice of experts of every layer out.
 
 V views, S image side, N prefix tokens, k key-value heads, d head width, P patches per side.
 Inside, and in the cache, the rows are ordered text and images first, the state token last: attention does not care for
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onbeat.embodiment.slots import UNIFIED_DIM
-from onbeat.export import layers
+from onbeat.export import experts, layers
 from onbeat.export.graph import END, Graph
 from onbeat.export.layers import Stream, action_stream, understanding_stream
 from onbeat.kernels.image import IMAGENET_MEAN, IMAGENET_STD
@@ -153,7 +153,9 @@ def _run_layers(
         layer = f"language_model.model.layers.{index}"
         with graph.scope(f"layer_{index:02d}"):
             last = index == config.decoder.layers - 1
-            rows = [(und, text), (gen, state)]
+            rows = [(stream, layers.input_norm(graph, layer, stream, x)) for stream, x in ((und, text), (gen, state))]
+            if config.decoder.is_routed(index):
+                experts.publish_route(graph, config.decoder, index, cut(graph, rows[0][1], -1, END))
             query, key, value = _project(graph, config, layer, rows, keys_only=last)
             key = layers.heads_first(graph, layers.rotate(graph, key, tables, config.decoder.head_dim))
             value = layers.heads_first(graph, value)
@@ -174,12 +176,9 @@ def _project(
     *,
     keys_only: bool,
 ) -> tuple[str | None, str, str]:
-    """Both streams through their own norms and projections, joined row-wise: query (or None), key, value."""
+    """Both streams' normed rows through their own projections, joined row-wise: query (or None), key, value."""
     project = layers.project_key_value if keys_only else layers.project_heads
-    parts = []
-    for stream, x in rows:
-        normed = layers.input_norm(graph, layer, stream, x)
-        parts.append(project(graph, layer, stream, config.decoder, normed))
+    parts = [project(graph, layer, stream, config.decoder, normed) for stream, normed in rows]
     joined = [graph.op("Concat", *part, axis=0) for part in zip(*parts, strict=True)]
     return (None, joined[0], joined[1]) if keys_only else (joined[0], joined[1], joined[2])
 

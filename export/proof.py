@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.slots import UNIFIED_DIM
@@ -12,6 +13,7 @@ from onbeat.runtime.engine import Engine, Guidance, PolicyInputs, PolicySpec
 from onbeat.runtime.onnx_engine import CacheHandle, OnnxEngine
 from onbeat.runtime.policy import draw_directions, draw_noise
 from onbeat.runtime.prompt import Prompt
+from onbeat.training.model.experts import choose
 from onbeat.training.model.policy import Cache
 from onbeat.training.torch_engine import TorchEngine
 
@@ -88,13 +90,27 @@ def draw_guidance(generator: np.random.Generator, spec: PolicySpec) -> Guidance:
 
 def compare_caches(exported: CacheHandle, reference: Cache, state_index: int) -> float:
     """Largest scaled difference over layers; the graphs keep the state's row last, the network in its place."""
-    differences = []
+    differences = [0.0]
     for index, layer in enumerate(reference):
+        differences.append(compare_routes(exported, layer.router, index))
         for kind, expected in (("key", layer.keys), ("value", layer.values)):
             found = exported.arrays[f"{kind}_{index:02d}"]
             in_place = np.insert(found[:, :-1], state_index, found[:, -1], axis=1)
             differences.append(scaled_difference(in_place, expected[0].numpy()))
     return max(differences)
+
+
+def compare_routes(exported: CacheHandle, scores: Tensor | None, index: int) -> float:
+    """Scaled difference of what one layer's router got from the prefix, infinite where other experts were chosen."""
+    if scores is None:
+        return 0.0
+    if f"router_{index:02d}" in exported.arrays:
+        return scaled_difference(exported.arrays[f"router_{index:02d}"], scores[0].numpy())
+    chosen = exported.arrays[f"experts_{index:02d}"]
+    expected = choose(scores, len(chosen))
+    if chosen.tolist() != expected.chosen[0].tolist():
+        return float("inf")
+    return scaled_difference(exported.arrays[f"expert_weights_{index:02d}"], expected.weights[0].numpy())
 
 
 def scaled_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("run", "drive a robot (or the simulated twin) with a policy bundle", "onbeat.runtime.run:main"),
-    Command("train", "fit a policy on recorded demonstrations", "onbeat.training.train:main"),
+    Command("train", "fit a policy on demonstrations and datasets", "onbeat.training.train:main"),
     Command("export", "compile a checkpoint into a bundle the robot loads", "onbeat.export.export:main"),
     Command("verify", "replay recorded cases and print the largest difference", "onbeat.export.verify:main"),
     Command("view", "look at a flight log in Rerun", "onbeat.runtime.flight.view:main"),
@@ -74,6 +74,9 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
 EXTRA_OF_PACKAGE = {
     "torch": "train",
     "safetensors": "train",
+    "tensorboard": "train",
+    "pyarrow": "train",
+    "av": "train",
     "onnx": "export",
     "mujoco": "sim",
     "rerun": "view",

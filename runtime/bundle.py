@@ -15,7 +15,7 @@ from typing import Any
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.robot import Embodiment
-from onbeat.runtime.engine import PolicySpec, SamplerSpec
+from onbeat.runtime.engine import ExpertsSpec, PolicySpec, SamplerSpec
 from onbeat.runtime.language import PolicyLanguage
 from onbeat.runtime.onnx_engine import OnnxEngine
 
@@ -95,9 +95,11 @@ class Manifest:
         """The inverse of `to_json`. Raises KeyError or TypeError for a field too many or too few."""
         fields = {key: value for key, value in document.items() if key not in ("format", "version")}
         sampler = SamplerSpec(**fields["policy"]["sampler"])
+        experts = fields["policy"].get("experts")
+        nested = {"sampler": sampler, "experts": None if experts is None else ExpertsSpec(**experts)}
         parsed = {
             "checkpoint": CheckpointSource(**fields["checkpoint"]),
-            "policy": PolicySpec(**{**fields["policy"], "sampler": sampler}),
+            "policy": PolicySpec(**{**fields["policy"], **nested}),
             "graphs": {name: GraphRecord(**record) for name, record in fields["graphs"].items()},
             "proof": Proof(**fields["proof"]),
         }

@@ -45,10 +45,24 @@ class SamplerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A Mixture of Flow: in each of `layers` layers, a chunk's actions take top_k of `count` experts.
+
+    routing: "observation", chosen by the prefix, so that one chunk reads top_k experts' weights; "token", by every row.
+    """
+
+    layers: int
+    count: int
+    top_k: int
+    routing: str
+
+
+@dataclass(frozen=True, slots=True)
 class PolicySpec:
     """Shapes and abilities of a policy. trained_delay: largest prefix the checkpoint was trained with, 0 if none.
 
     guidance: whether the sampler can be pulled towards a previous chunk; bundles of older versions cannot.
+    experts: None where every layer has one feed-forward.
     """
 
     views: int
@@ -59,6 +73,7 @@ class PolicySpec:
     trained_delay: int
     sampler: SamplerSpec
     guidance: bool = False
+    experts: ExpertsSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

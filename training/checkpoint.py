@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.training.config import PolicyConfig, load_config, save_config
+from onbeat.training.config import PolicyConfig
+from onbeat.training.config_file import CONFIG_FILE, load_config, save_config
 from onbeat.training.model.policy import Policy
 
 WEIGHTS_FILE = "model.safetensors"
@@ -28,7 +29,7 @@ TO_PUBLISHED = tuple(
     for pattern, published in (
         (r"language_model\.layers\.(\d+)\.und\.", r"language_model.model.layers.\1."),
         (
-            r"language_model\.layers\.(\d+)\.gen\.(mlp|input_layernorm|post_attention_layernorm|self_attn\.\w+)\.",
+            r"language_model\.layers\.(\d+)\.gen\.(mlp|experts|router|input_layernorm|post_attention_layernorm|self_attn\.\w+)\.",
             r"language_model.model.layers.\1.\2_mot_gen.",
         ),
         (r"language_model\.norm\.und\.", r"language_model.model.norm."),
@@ -102,6 +103,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 )
             tensors[name] = tensor
     return tensors
+
+
+def companions(folder: Path) -> list[Path]:
+    """What a checkpoint has besides its network: tokenizer and statistics, in the folder or in experiment_cfg."""
+    found = [path for sub in (folder, folder / "experiment_cfg") for path in sorted(sub.glob("*"))]
+    return [path for path in found if path.suffix in (".json", ".txt") and path.name != CONFIG_FILE]
 
 
 def publish_name(name: str) -> str:

@@ -1,16 +1,13 @@
-"""What a checkpoint's config.json says, as frozen dataclasses: read, checked, and written back."""
+"""What a checkpoint's config.json says, as frozen dataclasses, checked."""
 
-import copy
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.prompt import INSTRUCTION_TEMPLATES, SYSTEM_MESSAGES
 
-CONFIG_FILE = "config.json"
 MODEL_TYPE = "beingh"
 LAYER_MODULE = "Qwen3MoTDecoderLayer"
 TIME_BUCKETS = 1000
@@ -18,6 +15,8 @@ TIME_BUCKETS = 1000
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 ROPE_PRECISIONS = ("bf16", "fp32")
 FIRST_PASSES = ("published", "projected")
+ROUTINGS = ("observation", "token")
+IDLE_SLOTS = ("noise", "zero")
 
 
 class ConfigError(OnbeatError):
@@ -67,11 +66,26 @@ class StreamConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A Mixture of Flow: from layer `foundation_layers` on, the actions take top_k of `count` experts of each layer.
+
+    routing: "observation" chooses once, by the prefix alone; "token" anew for every action token, by that token too.
+    balance_weight: of the load-balancing loss in training. docs/decisions/0029-mixture-of-flow.md.
+    """
+
+    foundation_layers: int
+    count: int
+    top_k: int = 1
+    routing: str = "observation"
+    balance_weight: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A Mixture of Transformers: und (text, image) and gen (state, action) share attention heads and positions.
 
     rope: "bf16" rounds the inverse frequencies to bfloat16, as the published code does in training and in inference.
-    tied: lm_head is the embedding.
+    tied: lm_head is the embedding. experts: None where every layer has one feed-forward per stream, as published.
     """
 
     und: StreamConfig
@@ -84,6 +98,11 @@ class DecoderConfig:
     rope_theta: float = 1e6
     rope: str = "bf16"
     tied: bool = False
+    experts: ExpertsConfig | None = None
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether the actions choose among experts in this layer."""
+        return self.experts is not None and layer >= self.experts.foundation_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +124,56 @@ class GateConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RobotDelay:
+    """How late one embodiment's chunks come; one of the two descriptions is given.
+
+    period_ms: between the rows of a chunk. latencies: (milliseconds from observation to chunk, weight), as measured.
+    probabilities: weights of the delays 0, 1, ... in rows.
+    """
+
+    period_ms: float
+    latencies: tuple[tuple[float, float], ...] = ()
+    probabilities: tuple[float, ...] = ()
+
+    def weights(self, count: int) -> tuple[float, ...]:
+        """Probability of each delay 0..count-1; what comes later counts as the longest.
+
+        As the runtime counts (runtime/delay.py): the rows that were due by the time the chunk came, row 0 included.
+        """
+        weights = [0.0] * count
+        counted = enumerate(self.probabilities) if self.probabilities else self._rows_due()
+        for delay, weight in counted:
+            weights[min(delay, count - 1)] += weight
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def _rows_due(self) -> list[tuple[int, float]]:
+        return [(int(latency // self.period_ms) + 1, weight) for latency, weight in self.latencies]
+
+
+@dataclass(frozen=True, slots=True)
 class DelayConfig:
-    """Training with a clean action prefix. simulated: delays 0..simulated-1 are drawn, in policy steps."""
+    """Training with a clean action prefix. simulated: d_max, delays 0..d_max-1 are drawn, in policy steps.
+
+    robots: by embodiment, where its delays are known; the others share one distribution, exponential or uniform.
+    """
 
     trained: bool = False
     simulated: int = 0
     exponential: bool = True
+    robots: Mapping[str, RobotDelay] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
         """Largest prefix the checkpoint was trained with, 0 if it was trained with none."""
         return max(self.simulated - 1, 0) if self.trained else 0
+
+    def weights(self, embodiment: str) -> tuple[float, ...]:
+        """Probability of each delay 0..longest for one embodiment, summing to 1."""
+        robot = self.robots.get(embodiment)
+        if robot is not None:
+            return robot.weights(self.longest + 1)
+        raw = [math.exp(-delay) if self.exponential else 1.0 for delay in range(self.longest + 1)]
+        return tuple(weight / sum(raw) for weight in raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +187,12 @@ class TimeConfig:
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """The whole network. source: config.json as read, kept so that writing back loses nothing."""
+    """The whole network. source: config.json as read, kept so that writing back loses nothing.
+
+    adapters: whether the heads have an adapter per unified slot, docs/decisions/0030-embodiment-adapters.md.
+    idle_slots: what the network is given in the action slots that are not the robot's: "noise" as published, or "zero",
+    so that what it learned of other robots' slots never meets it.
+    """
 
     vision: VisionConfig
     decoder: DecoderConfig
@@ -141,6 +204,8 @@ class PolicyConfig:
     template: str = "being_h0"
     own_system_message: str | None = None
     prompt_template: str = "long"
+    adapters: bool = False
+    idle_slots: str = "noise"
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -158,291 +223,16 @@ class PolicyConfig:
         return INSTRUCTION_TEMPLATES[self.prompt_template]
 
 
-def load_config(folder: Path, *, rope: str | None = None) -> PolicyConfig:
-    """Read `folder`/config.json. rope: overrides the file's own choice. Raises ConfigError."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no {CONFIG_FILE}: give the folder of a checkpoint")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise ConfigError(f"{path} is not valid JSON ({problem}): download the checkpoint again") from None
-    return parse_config(document, rope=rope)
-
-
-def save_config(config: PolicyConfig, folder: Path) -> None:
-    """Write `folder`/config.json."""
-    text = json.dumps(write_config(config), indent=2, ensure_ascii=False)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-_T = TypeVar("_T", int, float, bool, str)
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """A JSON object and where it stands, so that an error can name the key."""
-
-    name: str
-    values: Mapping[str, Any]
-
-    def section(self, key: str) -> "_Section":
-        value = self.values.get(key)
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{self.name}.{key} is missing or no object: give a complete config.json")
-        return _Section(f"{self.name}.{key}", value)
-
-    def get(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return kind(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{self.name}.{key} is {value!r}, not {kind.__name__}: give a complete config.json")
-        return value
-
-    def require(self, key: str, expected: object) -> None:
-        """Refuse any value but `expected` where the key is given at all."""
-        value = self.values.get(key, expected)
-        if value != expected:
-            raise ConfigError(f"{self.name}.{key} is {value!r}: only {expected!r} is supported")
-
-
-def parse_config(document: object, *, rope: str | None = None) -> PolicyConfig:
-    """Build the configuration from the JSON of config.json. Raises ConfigError naming the key that is wrong."""
-    if not isinstance(document, Mapping):
-        raise ConfigError(f"config.json is no JSON object: its model_type must be '{MODEL_TYPE}'")
-    root = _Section("config.json", document)
-    if document.get("model_type") != MODEL_TYPE:
-        raise ConfigError(
-            f"config.json: unknown model_type {document.get('model_type')!r}: only '{MODEL_TYPE}' is known"
-        )
-    _refuse_other_networks(root)
-    own = root.section("onbeat") if "onbeat" in document else _Section("onbeat", {})
-    return PolicyConfig(
-        vision=_parse_vision(root),
-        decoder=_parse_decoder(root.section("llm_config"), rope or own.get("rope", str, "bf16")),
-        chunk=root.get("action_chunk_length", int),
-        flow_steps=root.get("num_inference_timesteps", int),
-        gate=_parse_gate(root, own),
-        delay=_parse_delay(root),
-        time=_parse_time(root),
-        template=root.get("template", str),
-        own_system_message=None if document.get("system_message") is None else root.get("system_message", str),
-        prompt_template=root.get("prompt_template", str, "long"),
-        source=document,
-    )
-
-
-def _refuse_other_networks(root: _Section) -> None:
-    root.require("connector_arch", "internvl_connector")
-    root.require("attn_mode", "causal")
-    root.require("use_expert", True)
-    root.require("use_flow_matching", True)
-    root.require("gen_action_type", "prop_hidden")
-    root.require("learnable_action_query", False)
-    root.require("num_timestep_buckets", TIME_BUCKETS)
-    llm, vit = root.section("llm_config"), root.section("vit_config")
-    llm.require("layer_module", LAYER_MODULE)
-    llm.require("attention_bias", False)
-    llm.require("qk_norm", True)
-    llm.require("use_sliding_window", False)
-    llm.require("rope_scaling", None)
-    vit.require("hidden_act", "gelu")
-    vit.require("norm_type", "layer_norm")
-    vit.require("qk_normalization", False)
-
-
-def _parse_vision(root: _Section) -> VisionConfig:
-    vit = root.section("vit_config")
-    image_size = root.get("force_image_size", int, vit.get("image_size", int))
-    vit.require("image_size", image_size)
-    ratio = root.get("downsample_ratio", float, 0.5)
-    if ratio <= 0 or abs(round(1 / ratio) * ratio - 1) > 1e-6:
-        raise ConfigError(f"config.json: downsample_ratio is {ratio}: only 1 / a whole number is supported")
-    return VisionConfig(
-        width=vit.get("hidden_size", int),
-        ffn_width=vit.get("intermediate_size", int),
-        layers=vit.get("num_hidden_layers", int),
-        heads=vit.get("num_attention_heads", int),
-        image_size=image_size,
-        patch_size=vit.get("patch_size", int, 14),
-        norm_epsilon=vit.get("layer_norm_eps", float, 1e-6),
-        qkv_bias=vit.get("qkv_bias", bool, True),
-        select_layer=root.get("select_layer", int, -1),
-        shuffle=round(1 / ratio),
-    )
-
-
-def _parse_decoder(llm: _Section, rope: str) -> DecoderConfig:
-    und, heads = _parse_stream(llm), llm.get("num_attention_heads", int)
-    return DecoderConfig(
-        und=und,
-        gen=_parse_stream(llm.section("expert_config")),
-        layers=llm.get("num_hidden_layers", int),
-        heads=heads,
-        kv_heads=llm.get("num_key_value_heads", int, heads),
-        head_dim=llm.get("head_dim", int, und.width // max(heads, 1)),
-        vocabulary=llm.get("vocab_size", int),
-        rope_theta=llm.get("rope_theta", float),
-        rope=rope,
-        tied=llm.get("tie_word_embeddings", bool, False),
-    )
-
-
-def _parse_stream(section: _Section) -> StreamConfig:
-    return StreamConfig(
-        width=section.get("hidden_size", int),
-        ffn_width=section.get("intermediate_size", int),
-        activation=section.get("hidden_act", str, "silu"),
-        norm_epsilon=section.get("rms_norm_eps", float, 1e-6),
-    )
-
-
-def _parse_gate(root: _Section, own: _Section) -> GateConfig:
-    return GateConfig(
-        present=root.get("use_mpg", bool, False),
-        strength=root.get("mpg_lambda", float, 0.0),
-        temperature=root.get("mpg_gate_temperature", float, 2.0),
-        directions=root.get("mpg_num_projections", int, 32),
-        refinements=root.get("mpg_refinement_iters", int, 1),
-        stop_gradient=root.get("mpg_use_stop_gradient", bool, True),
-        first_pass=own.get("mpg_first_pass", str, "published"),
-        anchor_bucket=own.get("mpg_anchor_bucket", int, 0),
-    )
-
-
-def _parse_delay(root: _Section) -> DelayConfig:
-    return DelayConfig(
-        trained=root.get("use_training_time_rtc", bool, False),
-        simulated=root.get("simulated_delay", int, 0),
-        exponential=root.get("rtc_delay_exp_weight", bool, True),
-    )
-
-
-def _parse_time(root: _Section) -> TimeConfig:
-    return TimeConfig(
-        alpha=root.get("noise_beta_alpha", float, 1.5),
-        beta=root.get("noise_beta_beta", float, 1.0),
-        scale=root.get("noise_s", float, 0.999),
-    )
-
-
-def write_config(config: PolicyConfig) -> dict[str, Any]:
-    """config.json in the published format: what was read, with this configuration's values on top."""
-    document = copy.deepcopy(dict(config.source))
-    _merge(document, _published_fields(config))
-    return document
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _published_fields(config: PolicyConfig) -> dict[str, Any]:
-    own_message = {} if config.own_system_message is None else {"system_message": config.own_system_message}
-    return {
-        "model_type": MODEL_TYPE,
-        "llm_config": _decoder_fields(config.decoder),
-        "vit_config": _vision_fields(config.vision),
-        "connector_arch": "internvl_connector",
-        "template": config.template,
-        "select_layer": config.vision.select_layer,
-        "force_image_size": config.vision.image_size,
-        "downsample_ratio": 1 / config.vision.shuffle,
-        "action_chunk_length": config.chunk,
-        "action_token_num": config.chunk,
-        "gen_action_type": "prop_hidden",
-        "prompt_template": config.prompt_template,
-        "use_expert": True,
-        "use_flow_matching": True,
-        "attn_mode": "causal",
-        "noise_beta_alpha": config.time.alpha,
-        "noise_beta_beta": config.time.beta,
-        "noise_s": config.time.scale,
-        "num_timestep_buckets": TIME_BUCKETS,
-        "num_inference_timesteps": config.flow_steps,
-        "use_mpg": config.gate.present,
-        "mpg_lambda": config.gate.strength,
-        "mpg_gate_temperature": config.gate.temperature,
-        "mpg_num_projections": config.gate.directions,
-        "mpg_refinement_iters": config.gate.refinements,
-        "mpg_use_stop_gradient": config.gate.stop_gradient,
-        "use_training_time_rtc": config.delay.trained,
-        "simulated_delay": config.delay.simulated,
-        "rtc_delay_exp_weight": config.delay.exponential,
-        "onbeat": {
-            "rope": config.decoder.rope,
-            "mpg_first_pass": config.gate.first_pass,
-            "mpg_anchor_bucket": config.gate.anchor_bucket,
-        },
-        **own_message,
-    }
-
-
-def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
-    shared = {
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.kv_heads,
-        "head_dim": decoder.head_dim,
-        "rope_theta": decoder.rope_theta,
-        "model_type": "qwen3",
-    }
-    expert = {**shared, **_stream_fields(decoder.gen)}
-    return {
-        **shared,
-        **_stream_fields(decoder.und),
-        "vocab_size": decoder.vocabulary,
-        "tie_word_embeddings": decoder.tied,
-        "attention_bias": False,
-        "qk_norm": True,
-        "use_mot": True,
-        "layer_module": LAYER_MODULE,
-        "expert_config": expert,
-    }
-
-
-def _stream_fields(stream: StreamConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": stream.width,
-        "intermediate_size": stream.ffn_width,
-        "hidden_act": stream.activation,
-        "rms_norm_eps": stream.norm_epsilon,
-    }
-
-
-def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "model_type": "intern_vit_6b",
-        "hidden_size": vision.width,
-        "intermediate_size": vision.ffn_width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "layer_norm_eps": vision.norm_epsilon,
-        "qkv_bias": vision.qkv_bias,
-        "hidden_act": "gelu",
-        "norm_type": "layer_norm",
-        "qk_normalization": False,
-    }
-
-
 def _check_policy(config: PolicyConfig) -> None:
     _check_vision(config.vision)
     _check_decoder(config.decoder)
+    _check_delay(config.delay)
     _check_at_least(1, action_chunk_length=config.chunk, num_inference_timesteps=config.flow_steps)
     _check_choice("template", config.template, tuple(SYSTEM_MESSAGES))
     _check_choice("prompt_template", config.prompt_template, tuple(INSTRUCTION_TEMPLATES))
     _check_choice("onbeat.mpg_first_pass", config.gate.first_pass, FIRST_PASSES)
-    if not 0 <= config.gate.anchor_bucket <= TIME_BUCKETS:
-        raise ConfigError(f"onbeat.mpg_anchor_bucket is {config.gate.anchor_bucket}: give 0 to {TIME_BUCKETS}")
+    _check_choice("onbeat.idle_slots", config.idle_slots, IDLE_SLOTS)
+    _check_between("onbeat.mpg_anchor_bucket", config.gate.anchor_bucket, 0, TIME_BUCKETS)
 
 
 def _check_vision(vision: VisionConfig) -> None:
@@ -464,12 +254,50 @@ def _check_decoder(decoder: DecoderConfig) -> None:
     _check_choice("rope", decoder.rope, ROPE_PRECISIONS)
     for stream in (decoder.und, decoder.gen):
         _check_choice("hidden_act", stream.activation, ACTIVATIONS)
+    if decoder.experts is not None:
+        _check_experts(decoder.experts, decoder.layers)
+
+
+def _check_experts(experts: ExpertsConfig, layers: int) -> None:
+    """In layer 0 the router would read the embedding of one and the same token: at least one layer is shared."""
+    name = "onbeat.experts"
+    _check_choice(f"{name}.routing", experts.routing, ROUTINGS)
+    _check_between(f"{name}.foundation_layers", experts.foundation_layers, 1, layers - 1)
+    _check_between(f"{name}.top_k", experts.top_k, 1, experts.count)
+    if not 0 <= experts.balance_weight < math.inf:
+        raise ConfigError(f"{name}.balance_weight is {experts.balance_weight}: give 0 or more")
+
+
+def _check_delay(delay: DelayConfig) -> None:
+    for name, robot in delay.robots.items():
+        _check_robot_delay(f"onbeat.delays.{name}", robot, delay.longest)
+
+
+def _check_robot_delay(name: str, robot: RobotDelay, longest: int) -> None:
+    if not 0 < robot.period_ms < math.inf:
+        raise ConfigError(f"{name}.period_ms is {robot.period_ms}: give the milliseconds between the rows of a chunk")
+    if bool(robot.latencies) == bool(robot.probabilities):
+        raise ConfigError(f"{name}: give either latencies or probabilities")
+    weights = robot.probabilities or [weight for _, weight in robot.latencies]
+    latencies = [latency for latency, _ in robot.latencies]
+    if not all(0 <= value < math.inf for value in (*weights, *latencies)) or sum(weights) <= 0:
+        raise ConfigError(f"{name}: latencies and weights must be 0 or more, and one weight above 0")
+    if len(robot.probabilities) > longest + 1:
+        raise ConfigError(
+            f"{name}.probabilities goes to a delay of {len(robot.probabilities) - 1} rows but only {longest} are "
+            "trained: raise simulated_delay"
+        )
 
 
 def _check_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise ConfigError(f"{name} is {value}: give at least {least}")
+
+
+def _check_between(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is {value}: give {least} to {most}")
 
 
 def _check_divides(name: str, value: int, by: int) -> None:

@@ -1,4 +1,4 @@
-"""Demonstrations as one set of tensors in the network's terms, all in memory: frames as bytes, the rest as float32.
+"""Demonstrations as one source of samples, all in memory: frames as bytes, the rest as float32.
 
 N policy steps, V views, S image side, J joints, C chunk rows, A = 200 unified slots.
 """
@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.metadata import MERGED, Statistics, measure
 from onbeat.embodiment.robot import ABSOLUTE, Embodiment, StateKey
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.language import PolicyLanguage
-from onbeat.training.demonstrations import Demonstration, load, read_index
+from onbeat.runtime.prompt import Prompt
+from onbeat.training.auxiliary import PLACE
+from onbeat.training.data.reader import open_dataset
+from onbeat.training.data.sample import Kind, Sample
+from onbeat.training.data.sources import action_slots
+from onbeat.training.demonstrations import Demonstration, read_demonstrations
 
 
 class DatasetError(OnbeatError):
@@ -34,63 +37,74 @@ class Recordings:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """frames (B, V, S, S, 3) uint8; state (B, A), actions (B, C, A) normalised; target_m (B, 3) the object's place."""
-
-    frames: Tensor
-    state: Tensor
-    actions: Tensor
-    target_m: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Steps:
-    """All steps of some demonstrations, one after the other. last: (N,) the index of the last step of one's own.
+    """All steps of some demonstrations, one after the other: a `Source`. last: (N,) the index of one's own last step.
 
-    frames (N, V, S, S, 3) uint8, state (N, A), action (N, A) float32 normalised and unified, target_m (N, 3) float32.
+    frames (N, V, S, S, 3) uint8, state (N, A), action (N, A) float32 normalised and unified, cube_m (N, 3) float32.
+    moved: (A,) bool, the robot's action slots. prompt: of the one instruction, which is `task`.
     """
 
-    frames: Tensor
-    state: Tensor
-    action: Tensor
-    target_m: Tensor
-    last: Tensor
+    frames: NDArray[np.uint8]
+    state: NDArray[np.float32]
+    action: NDArray[np.float32]
+    cube_m: NDArray[np.float32]
+    last: NDArray[np.int64]
+    moved: NDArray[np.bool_]
+    chunk: int
+    prompt: Prompt
+    embodiment: str
+    task: str
+    name: str = "demonstrations"
+    kind: Kind = "simulation"
 
     def __len__(self) -> int:
         return len(self.last)
 
-    def batch(self, indices: Tensor, chunk: int) -> Batch:
-        """The observations at `indices` (B,) with the chunks that follow; past the end the last row repeats: the robot
-        stays where the demonstration left it."""
-        rows = torch.minimum(indices[:, None] + torch.arange(chunk), self.last[indices, None])
-        return Batch(self.frames[indices], self.state[indices], self.action[rows], self.target_m[indices])
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Every step alike."""
+        return np.ones(len(self))
+
+    def sample(self, index: int, generator: np.random.Generator) -> Sample:  # noqa: ARG002 (a Source's signature)
+        """The step and the chunk that follows; past the end the last row repeats and counts: the robot stays where the
+        demonstration left it."""
+        rows = np.minimum(index + np.arange(self.chunk), self.last[index])
+        return Sample(
+            frames=np.moveaxis(self.frames[index], -1, -3),
+            state=self.state[index],
+            actions=self.action[rows],
+            valid=np.broadcast_to(self.moved, (self.chunk, UNIFIED_DIM)),
+            prompt=self.prompt,
+            embodiment=self.embodiment,
+            task=self.task,
+            kind=self.kind,
+            extra={PLACE: self.cube_m[index]},
+        )
 
 
 def read_recordings(folder: Path, robot: Embodiment, image_size: int) -> Recordings:
-    """Read and check a folder. Raises DatasetError or DemonstrationsError."""
+    """Read and check a folder. Raises DatasetError or DataError."""
     unmeant = [key.name for key in robot.action if key.kind != ABSOLUTE]
     if unmeant:
         raise DatasetError(f"action '{unmeant[0]}' of {robot.name} is not absolute: train on absolute actions")
-    index = read_index(folder)
-    demonstrations = []
-    for name in index["files"]:
-        demonstration = load(folder / name)
-        check_demonstration(demonstration, folder / name, robot, image_size)
-        demonstrations.append(demonstration)
-    if not demonstrations:
-        raise DatasetError(f"{folder} holds no demonstration: collect some")
-    return Recordings(index["instruction"], tuple(demonstrations))
+    instructions = list(open_dataset(folder).tasks.values())
+    if len(instructions) != 1:
+        raise DatasetError(f"{folder} has {len(instructions)} tasks: name it under [data] of the recipe instead")
+    demonstrations = read_demonstrations(folder)
+    for number, demonstration in enumerate(demonstrations):
+        check_demonstration(demonstration, f"{folder} episode {number}", robot, image_size)
+    return Recordings(instructions[0], tuple(demonstrations))
 
 
-def check_demonstration(demonstration: Demonstration, path: Path, robot: Embodiment, image_size: int) -> None:
-    """Raise DatasetError, naming file and step, unless shapes fit and every number is finite."""
+def check_demonstration(demonstration: Demonstration, where: str, robot: Embodiment, image_size: int) -> None:
+    """Raise DatasetError, naming place and step, unless shapes fit and every number is finite."""
     frames = (len(robot.views), image_size, image_size, 3)
     if demonstration.frames.shape[1:] != frames or demonstration.frames.dtype != np.uint8:
         found = f"{demonstration.frames.dtype} {demonstration.frames.shape[1:]}"
-        raise DatasetError(f"{path}: frames are {found}, not uint8 {frames}: collect them at image_size")
-    _check_rows(f"{path}: state_rad", demonstration.state_rad, _width(robot.state))
-    _check_rows(f"{path}: action_rad", demonstration.action_rad, _width(robot.action))
-    _check_rows(f"{path}: cube_m", demonstration.cube_m, 3)
+        raise DatasetError(f"{where}: frames are {found}, not uint8 {frames}: collect them at image_size")
+    _check_rows(f"{where}: state_rad", demonstration.state_rad, _width(robot.state))
+    _check_rows(f"{where}: action_rad", demonstration.action_rad, _width(robot.action))
+    _check_rows(f"{where}: cube_m", demonstration.cube_m, 3)
 
 
 def _check_rows(what: str, rows: NDArray[Any], width: int) -> None:
@@ -124,7 +138,7 @@ def measure_statistics(demonstrations: Sequence[Demonstration], robot: Embodimen
     )
 
 
-def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLanguage) -> Steps:
+def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLanguage, instruction: str) -> Steps:
     """Demonstrations in the network's terms, by the very code that translates for the robot."""
     robot = language.embodiment
     state = np.concatenate([d.state_rad for d in demonstrations])
@@ -132,20 +146,17 @@ def assemble_steps(demonstrations: Sequence[Demonstration], language: PolicyLang
     lengths = np.array([len(d) for d in demonstrations])
     normalised = language.normalise_state(_split(state, robot.state))
     return Steps(
-        frames=torch.from_numpy(np.concatenate([d.frames for d in demonstrations])),
-        state=torch.from_numpy(_unify(robot.state, normalised)),
-        action=torch.from_numpy(language.encode(_split(action, robot.action))),
-        target_m=torch.from_numpy(np.concatenate([d.cube_m for d in demonstrations])),
-        last=torch.from_numpy(np.repeat(np.cumsum(lengths) - 1, lengths)),
+        frames=np.concatenate([d.frames for d in demonstrations]),
+        state=_unify(robot.state, normalised),
+        action=language.encode(_split(action, robot.action)),
+        cube_m=np.concatenate([d.cube_m for d in demonstrations]),
+        last=np.repeat(np.cumsum(lengths) - 1, lengths),
+        moved=action_slots(robot),
+        chunk=language.settings.chunk,
+        prompt=language.prompt(instruction),
+        embodiment=robot.name,
+        task=instruction,
     )
-
-
-def action_slots(robot: Embodiment) -> Tensor:
-    """Which of the unified action slots the robot uses: (A,) bool."""
-    used = torch.zeros(UNIFIED_DIM, dtype=torch.bool)
-    for key in robot.action:
-        used[key.start : key.stop] = True
-    return used
 
 
 def _width(keys: Sequence[StateKey]) -> int:

@@ -1,4 +1,4 @@
-"""Demonstrations: what the expert saw and did, one file per lift, and the command that collects them.
+"""Demonstrations: what the expert saw and did, as a LeRobot dataset, one episode a lift, and the command that collects.
 
     python -m onbeat.training.demonstrations --episodes 480 --seed 1000 --out DIR --workers 2
 
@@ -6,13 +6,14 @@ Letters: T policy steps, V views, H x W pixels, J joints. What and why: docs/dec
 """
 
 import argparse
-import json
+import itertools
 import math
 import multiprocessing
+import os
 import sys
 import time
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.drivers.twin.world import JOINTS, VIEWS, World
-from onbeat.embodiment.errors import OnbeatError
+from onbeat.embodiment.schema import load_embodiment
+from onbeat.training.data.columns import ACTION, EVENTS, IMAGES, STATE
+from onbeat.training.data.layout import DataError, Feature
+from onbeat.training.data.reader import Dataset, open_dataset
+from onbeat.training.data.writer import DatasetWriter, check_vacant
 from onbeat.training.expert import CLEAR_HEIGHT_M, OPEN_RAD, POLICY_PERIOD_NS, Expert, Grip, execute, inverse, polar
 
 INSTRUCTION = "lift the red cube"
-FORMAT, VERSION = "onbeat-demonstrations", 1
+ROBOT = "so101"
+CONTACT = EVENTS + "contact"
+CUBE = "observation.environment_state"  # LeRobot's name for what only the world knows
+STEPS_PER_S = 1_000_000_000 / POLICY_PERIOD_NS
 FRAME_SIZE = (112, 112)
 LIFTS_PER_CHAIN = 3
 REST_STEPS = 5  # held still at the end of a lift
 MAX_STEPS = 150
-
-
-class DemonstrationsError(OnbeatError):
-    """A folder or file of demonstrations that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,8 @@ class Demonstration:
 
     frames: (T, V, H, W, 3) uint8, as seen at t_k. state_rad: (T, J) float32, measured at t_k. action_rad: (T, J)
     float32, the expert's goal due at t_k, free of the disturbance that was executed with it. cube_m: (T, 3) float32,
-    for analysis and for auxiliary losses in training only. start: "home", "random", "near" (beside the cube) or
-    "chained" (the arm as the lift before left it).
+    for analysis and for auxiliary losses in training only. contact: (T,) bool, where the jaws have just taken the cube.
+    start: "home", "random", "near" (beside the cube) or "chained" (the arm as the lift before left it).
     At the last step the expert holds still: a chunk that reaches beyond it repeats the last row.
     """
 
@@ -51,6 +55,7 @@ class Demonstration:
     state_rad: NDArray[np.float32]
     action_rad: NDArray[np.float32]
     cube_m: NDArray[np.float32]
+    contact: NDArray[np.bool_]
     seed: int
     start: str
 
@@ -58,62 +63,65 @@ class Demonstration:
         return len(self.state_rad)
 
 
-def save(demonstration: Demonstration, path: Path) -> None:
-    """Write one file, lightly compressed: flat colours shrink a lot."""
-    np.savez_compressed(
-        path,
-        frames=demonstration.frames,
-        state_rad=demonstration.state_rad,
-        action_rad=demonstration.action_rad,
-        cube_m=demonstration.cube_m,
-        seed=demonstration.seed,
-        start=demonstration.start,
-    )
+def write_demonstrations(
+    directory: Path, demonstrations: Iterable[Demonstration], instruction: str, about: Mapping[str, Any] | None = None
+) -> int:
+    """Write a LeRobot dataset, every frame without loss; returns the number of steps. about: kept in meta/info.json.
 
-
-def load(path: Path) -> Demonstration:
-    """Read one file. Raises DemonstrationsError when it is truncated, incomplete or of unequal lengths."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            demonstration = Demonstration(
-                frames=arrays["frames"],
-                state_rad=arrays["state_rad"],
-                action_rad=arrays["action_rad"],
-                cube_m=arrays["cube_m"],
-                seed=int(arrays["seed"]),
-                start=str(arrays["start"]),
-            )
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as failure:
-        raise DemonstrationsError(f"{path} is no demonstration ({failure}): collect the folder again") from failure
-    lengths = {len(demonstration), *map(len, (demonstration.frames, demonstration.action_rad, demonstration.cube_m))}
-    if len(lengths) != 1 or demonstration.frames.ndim != 5 or demonstration.frames.shape[1] != len(VIEWS):
-        raise DemonstrationsError(f"{path} has arrays of lengths {sorted(lengths)}: collect the folder again")
-    return demonstration
-
-
-def load_all(directory: Path) -> list[Demonstration]:
-    """Every demonstration of a folder, in the order of its index. Raises DemonstrationsError."""
-    return [load(directory / name) for name in read_index(directory)["files"]]
-
-
-def read_index(directory: Path) -> dict[str, Any]:
-    """The folder's index: format, version, command, seed, instruction, joints, views, period_ns, files, steps.
-
-    Raises DemonstrationsError when it is missing, of another format or version, or names a file that is not there.
+    Nothing appears before all is written. Raises DataError where the folder holds something or an episode does not fit.
     """
-    path = directory / "index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        raise DemonstrationsError(
-            f"{directory} holds no readable index.json ({failure}): run `python -m onbeat.training.demonstrations`"
-        ) from failure
-    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-        raise DemonstrationsError(f"{path} is not {FORMAT} version {VERSION}: collect the folder again")
-    missing = [name for name in index.get("files", []) if not (directory / name).is_file()]
-    if missing:
-        raise DemonstrationsError(f"{directory} lacks {missing[0]} ({len(missing)} in all): collect the folder again")
-    return index
+    episodes = iter(demonstrations)
+    first = next(episodes, None)
+    if first is None:
+        raise DataError(f"{directory} would hold no demonstration: collect some")
+    robot, about = load_embodiment(ROBOT), about or {}
+    features = describe_features(first.frames.shape[2:4])
+    with DatasetWriter(directory, fps=STEPS_PER_S, features=features, robot_type=robot.name, about=about) as writer:
+        for demonstration in itertools.chain([first], episodes):
+            extra = {"seed": demonstration.seed, "start": demonstration.start}
+            writer.add_episode(_columns(demonstration), instruction, extra)
+    return writer.rows
+
+
+def describe_features(frame_size: tuple[int, ...]) -> dict[str, Feature]:
+    """The columns of the dataset. frame_size: (H, W)."""
+    joints = list(load_embodiment(ROBOT).joints)
+    camera = Feature("video", (*frame_size, 3), ["height", "width", "channels"])
+    return {
+        STATE: Feature("float32", (len(joints),), joints),
+        ACTION: Feature("float32", (len(joints),), joints),
+        CUBE: Feature("float32", (3,), ["cube_x", "cube_y", "cube_z"]),
+        CONTACT: Feature("bool", (1,)),
+        **{IMAGES + view: camera for view in VIEWS},
+    }
+
+
+def read_demonstrations(directory: Path) -> list[Demonstration]:
+    """Every demonstration of a dataset, in its order. Raises DataError for what is missing or damaged."""
+    dataset = open_dataset(directory)
+    for name in (STATE, ACTION, CUBE, CONTACT, *(IMAGES + view for view in VIEWS)):
+        if name not in dataset.info.features:
+            raise DataError(f"{directory} has no column '{name}': run `python -m onbeat.training.demonstrations`")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda episode: _read_demonstration(dataset, episode), range(len(dataset.episodes))))
+
+
+def _read_demonstration(dataset: Dataset, episode: int) -> Demonstration:
+    state, action, cube, contact = (dataset.numbers(episode, name) for name in (STATE, ACTION, CUBE, CONTACT))
+    frames = np.stack([dataset.frames(episode, IMAGES + view) for view in VIEWS], axis=1)
+    extra = dataset.episodes[episode].extra
+    told = {"seed": extra.get("seed", -1), "start": extra.get("start", "unknown")}
+    return Demonstration(frames, state, action, cube, contact[:, 0], **told)
+
+
+def _columns(demonstration: Demonstration) -> dict[str, NDArray[Any]]:
+    numbers = {
+        STATE: demonstration.state_rad,
+        ACTION: demonstration.action_rad,
+        CUBE: demonstration.cube_m,
+        CONTACT: demonstration.contact,
+    }
+    return numbers | {IMAGES + view: demonstration.frames[:, i] for i, view in enumerate(VIEWS)}
 
 
 class Disturbance:
@@ -160,34 +168,25 @@ def collect_chain(world: World, seed: int) -> Iterator[Demonstration]:
         world.place_cube(int(rng.integers(2**31)))
 
 
-def collect(directory: Path, *, episodes: int, seed: int, workers: int, command: str) -> dict[str, Any]:
-    """Collect about `episodes` lifts into a folder, chains from `seed` on; returns the index it wrote."""
-    directory.mkdir(parents=True, exist_ok=True)
+def collect(directory: Path, *, episodes: int, seed: int, workers: int, command: str) -> int:
+    """Collect about `episodes` lifts into a dataset, chains from `seed` on; returns the number of steps.
+
+    Raises DataError, before anything is collected, where the folder holds something.
+    """
+    check_vacant(directory)
     chains = math.ceil(episodes / LIFTS_PER_CHAIN)
-    jobs = [(directory, seed + chain) for chain in range(chains)]
-    progress = Progress(chains)
-    files: list[str] = []
-    steps = 0
+    about = {"command": command, "seed": seed, "chains": chains}
     with multiprocessing.get_context("spawn").Pool(workers, _open_world) as pool:
-        for names, chain_steps in pool.imap(_collect_job, jobs):
-            files += names
-            steps += chain_steps
-            progress.show(steps)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "command": command,
-        "seed": seed,
-        "chains": chains,
-        "instruction": INSTRUCTION,
-        "joints": JOINTS,
-        "views": VIEWS,
-        "period_ns": POLICY_PERIOD_NS,
-        "steps": steps,
-        "files": files,
-    }
-    (directory / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return index
+        lifts = _collected(pool.imap(_collect_job, range(seed, seed + chains)), Progress(chains))
+        return write_demonstrations(directory, lifts, INSTRUCTION, about)
+
+
+def _collected(chains: Iterable[list[Demonstration]], progress: "Progress") -> Iterator[Demonstration]:
+    steps = 0
+    for chain in chains:
+        steps += sum(map(len, chain))
+        progress.show(steps)
+        yield from chain
 
 
 class Progress:
@@ -233,7 +232,8 @@ def _collect_lift(world: World, seed: int, start: str, disturbance: Disturbance 
         if len(rows) == MAX_STEPS:
             return None
         truth, position = world.truth(), world.position_rad
-        rows.append((np.stack([world.render(v) for v in VIEWS]), position, expert.goal_rad, truth.cube_position_m))
+        views = np.stack([world.render(v) for v in VIEWS])
+        rows.append((views, position, expert.goal_rad, truth.cube_position_m, np.array(truth.grasped)))
         goal = expert.advance(truth, position)
         disturbed = goal if disturbance is None else goal + disturbance.advance()
         execute(world, executed, disturbed)
@@ -243,9 +243,10 @@ def _collect_lift(world: World, seed: int, start: str, disturbance: Disturbance 
 
 
 def _demonstration(rows: list[tuple[NDArray[Any], ...]], seed: int, start: str) -> Demonstration:
-    frames, state, action, cube = (np.stack(column) for column in zip(*rows, strict=True))
-    single = [column.astype(np.float32) for column in (state, action, cube)]
-    return Demonstration(frames, *single, seed=seed, start=start)
+    frames, state, action, cube, grasped = (np.stack(column) for column in zip(*rows, strict=True))
+    state, action, cube = (column.astype(np.float32) for column in (state, action, cube))
+    contact = grasped & ~np.concatenate([[False], grasped[:-1]])
+    return Demonstration(frames, state, action, cube, contact, seed=seed, start=start)
 
 
 def _open_world() -> None:
@@ -253,14 +254,8 @@ def _open_world() -> None:
     _world = World(frame_size=FRAME_SIZE)
 
 
-def _collect_job(job: tuple[Path, int]) -> tuple[list[str], int]:
-    directory, seed = job
-    names, steps = [], 0
-    for number, demonstration in enumerate(collect_chain(_world, seed)):
-        names.append(f"lift_{seed:06d}_{number}.npz")
-        save(demonstration, directory / names[-1])
-        steps += len(demonstration)
-    return names, steps
+def _collect_job(seed: int) -> list[Demonstration]:
+    return list(collect_chain(_world, seed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -277,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(arguments)
     command = " ".join(["python -m onbeat.training.demonstrations", *arguments])
-    index = collect(options.out, episodes=options.episodes, seed=options.seed, workers=options.workers, command=command)
-    print(f"{len(index['files'])} lifts, {index['steps']} steps in {options.out}")
+    steps = collect(options.out, episodes=options.episodes, seed=options.seed, workers=options.workers, command=command)
+    print(f"{len(open_dataset(options.out).episodes)} lifts, {steps} steps in {options.out}")
     return 0
 
 

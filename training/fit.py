@@ -1,221 +1,188 @@
 """Fitting a policy: one object that owns the weights and takes one optimiser step at a time.
 
 All randomness of step k follows from (seed, k), so that a stopped run goes on as if it had never stopped.
-B observations, D draws per observation, C chunk rows, A = 200 unified slots.
+B observations, C chunk rows, A = 200 unified slots.
 """
 
 import copy
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.prompt import Prompt
-from onbeat.training.auxiliary import PlaceHeads, place_loss
+from onbeat.training.batch import Group, cut_groups, robots_of
 from onbeat.training.checkpoint import save_checkpoint
-from onbeat.training.dataset import Batch, Steps
-from onbeat.training.losses import FlowDistribution, draw_flow_task, flow_loss, warm_up_cosine
-from onbeat.training.model.policy import Cache, Policy, create_policy
+from onbeat.training.config import PolicyConfig
+from onbeat.training.feed import Feed, stream
+from onbeat.training.freezing import decays, freeze
+from onbeat.training.losses import warm_up_cosine
+from onbeat.training.model.policy import Policy
 from onbeat.training.model.sampler import choose_sampler, sample_chunk
 from onbeat.training.model.vision import normalise_views
-from onbeat.training.recipe import Fitting, Network, Recipe
+from onbeat.training.objective import Answered, Asked, Objective
+from onbeat.training.parallel import clip_gradients, follow, gather, global_sum, leave_untouched, rank, shard, whole
+from onbeat.training.recipe import Fitting, Recipe
+from onbeat.training.recompute import recompute_layers
+from onbeat.training.resume import load_state, save_state
 
-STATE_FILE = "resume/fit.safetensors"  # not beside the weights: a checkpoint's *.safetensors are all read
 RATE_FLOOR = 0.02  # of the peak, at the end of the cosine
 BETAS = (0.9, 0.999)
-FIRST_VELOCITY = 0.1  # deviations: the decoder starts by saying little rather than something wrong
-SEED_STRIDE = 1_000_003  # a prime, so that the streams of neighbouring seeds do not meet
 VALIDATION_SEED = -1
-VALIDATED = 256  # observations
-
-
-class ResumeError(OnbeatError):
-    """There is nothing to resume, or it belongs to another recipe."""
 
 
 class Losses(NamedTuple):
-    """One step. flow: per counted element, normalised units. place: squared deviations. norm: of the gradient."""
+    """One step. flow: per counted entry, normalised units. text: nats per token. place: squared deviations.
+
+    balance: of the routers, 1 where experts are used evenly. norm: of the gradient.
+    """
 
     flow: float
+    text: float
     place: float
+    balance: float
     norm: float
 
 
 class Validation(NamedTuple):
-    """flow, place: as in Losses. sampled, recorded: (B, C, A), what the average would do and what was done."""
+    """flow, text, place: as in Losses. groups and what the average would do in them, (G, C, A) each."""
 
     flow: float
+    text: float
     place: float
-    sampled: Tensor
-    recorded: Tensor
-
-
-def fresh_policy(network: Network, vocabulary: int, seed: int, slots: Tensor) -> Policy:
-    """Random weights that keep the variance of what passes, and no weight into or out of slots that no data moves.
-
-    With those at zero, and their inputs zero in training, they stay so: noise in unused slots never reaches an action.
-    slots: (A,) bool, the used ones.
-    """
-    policy = create_policy(network.configure(vocabulary), seed)
-    with torch.no_grad():
-        for module in policy.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.weight.mul_(module.weight[0].numel() ** -0.5 / module.weight.std())
-        policy.action_encoder.W1.weight[:, ~slots] = 0
-        policy.action_decoder.layer2.weight[~slots] = 0
-        policy.action_decoder.layer2.weight.mul_(FIRST_VELOCITY)
-    return policy
+    groups: Sequence[Group]
+    sampled: Sequence[Tensor]
 
 
 class Fit:
     """The state of a run. policy: the weights being fitted; average: their moving average, which is what is written."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, data: Steps, prompt: Prompt, slots: Tensor) -> None:
-        self.recipe, self.policy, self.data, self.prompt, self.slots = recipe, policy, data, prompt, slots
+    def __init__(self, recipe: Recipe, policy: Policy, feed: Feed, objective: Objective) -> None:
+        self.recipe, self.feed, self.objective = recipe, feed, objective
+        self.device, self.step, self.answers = torch.device(recipe.fitting.device), 0, list[Answered]()
+        self.policy = policy.to(self.device)
         self.average = copy.deepcopy(policy).requires_grad_(False).eval()
-        torch.manual_seed(recipe.seed)  # for the auxiliary heads' first weights
-        self.places = PlaceHeads(policy.config, prompt, views=data.frames.shape[1])
-        self.place_mean, self.place_deviation = data.target_m.mean(0), data.target_m.std(0) + 1e-6
-        self.step = 0
+        freeze(self.policy, recipe.frozen)
+        if recipe.fitting.recompute:
+            recompute_layers(self.policy)
+        for module in self._modules().values():
+            shard(module)
         self.optimiser = torch.optim.AdamW(self._groups(), lr=recipe.fitting.peak_rate, betas=BETAS, fused=True)
-        config = policy.config
-        self.distribution = FlowDistribution(
-            config.time.alpha, config.time.scale, config.delay.simulated, config.delay.exponential
-        )
 
     @property
     def fitting(self) -> Fitting:
         return self.recipe.fitting
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        factor = warm_up_cosine(
+            self.step, warm_up=self.fitting.warm_up_steps, total=self.fitting.steps, floor=RATE_FLOOR
+        )
+        return self.fitting.peak_rate * factor
+
     def advance(self) -> Losses:
-        """One optimiser step."""
-        generator = self._generator(self.step)
-        batch = self.data.batch(self._indices(self.step), self.policy.config.chunk)
+        """One optimiser step; `answers` has what it was made of."""
+        self.answers.clear()
         for group in self.optimiser.param_groups:
-            group["lr"] = self.fitting.peak_rate * self._rate()
+            group["lr"] = self.rate
         self.optimiser.zero_grad(set_to_none=True)
-        flow, place = self._losses(self.policy, batch, generator, self.fitting.jitter)
-        (flow + self.fitting.auxiliary_weight * place).backward()
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.fitting.clip_norm)
+        losses = self._backward(self._ask())
+        leave_untouched(self.policy)
+        norm = clip_gradients(self._trained(), self.fitting.clip_norm)
         self.optimiser.step()
         self.step += 1
-        self._follow()
-        return Losses(flow.item(), place.item(), norm.item())
+        follow(self.average, self.policy, self._decay())
+        flow, text, place, balance = global_sum(losses).tolist()
+        return Losses(flow, text, place, balance, norm.item())
 
-    @torch.inference_mode()
-    def validate(self, held_out: Steps) -> Validation:
-        """The average on evenly spaced held-out observations, always the same with the same draws."""
-        generator = self._generator(VALIDATION_SEED)
-        indices = torch.linspace(0, len(held_out) - 1, min(VALIDATED, len(held_out))).long()
-        batch = held_out.batch(indices, self.policy.config.chunk)
-        flow, place = self._losses(self.average, batch, generator, jitter=0.0)
-        return Validation(flow.item(), place.item(), self.sample(batch, generator), batch.actions)
+    @torch.no_grad()
+    def validate(self, groups: Sequence[Group]) -> Validation:
+        """The average on held-out observations, always with the same draws; every process takes all of them."""
+        generator = stream(self.recipe.seed, VALIDATION_SEED)
+        draws = self.objective.draw(robots_of(groups), generator, jitter=0.0)
+        with whole(self.average):
+            asked = [self.objective.ask(group.to(self.device), draws) for group in groups]
+            means = self.objective.means(self._answer(self.average, asked), self.objective.count(asked, together=False))
+            sampled = [self.sample(part.group, generator) for part in asked]
+        return Validation(means.flow.item(), means.text.item(), means.place.item(), groups, sampled)
 
-    @torch.inference_mode()
-    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Chunks (B, C, A) that the average would act by."""
-        noise = torch.randn((1, *batch.actions.shape), generator=generator)
-        cache = self._encode(self.average, batch, normalise_views(batch.frames))
-        return sample_chunk(self.average, cache, choose_sampler(self.average.config), noise).actions
+    @torch.no_grad()
+    def sample(self, group: Group, generator: torch.Generator) -> Tensor:
+        """Chunks (G, C, A) that the average would act by."""
+        group = group.to(self.device)
+        sampler = choose_sampler(self.average.config)
+        noise = torch.randn((sampler.iterations, *group.actions.shape), generator=generator).to(self.device)
+        pixels = normalise_views(group.frames.movedim(-3, -1))
+        cache = self.average.encode_prefix(pixels, group.token_ids, group.image_start, group.state_index, group.state)
+        return sample_chunk(self.average, cache, sampler, noise, slots=group.slots).actions.cpu()
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint (the average) and all that a resumed run needs, each file whole or not at all."""
-        save_checkpoint(self.average, folder)
-        path = folder / STATE_FILE
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(self._state(), partial, metadata={"step": str(self.step), "recipe": self.recipe.fingerprint()})
-        os.replace(partial, path)
+        weights = gather(self.average.state_dict())
+        if rank() == 0:
+            save_checkpoint(whole_policy(self.average.config, weights), folder)
+        metadata = {"step": str(self.step), "recipe": self.recipe.fingerprint()}
+        save_state(folder, self._modules(), self.optimiser, metadata)
 
     def resume(self, folder: Path) -> None:
         """Take over what `save` wrote. Raises ResumeError."""
-        path = folder / STATE_FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as problem:
-            raise ResumeError(f"{path} cannot be read ({problem}): start without --resume") from None
-        if metadata["recipe"] != self.recipe.fingerprint():
-            raise ResumeError(f"{path} was written by another recipe: restore that one, or start without --resume")
-        self._load(tensors)
-        self.step = int(metadata["step"])
+        self.step = int(load_state(folder, self._modules(), self.optimiser, self.recipe.fingerprint())["step"])
 
-    def _losses(self, policy: Policy, batch: Batch, generator: torch.Generator, jitter: float) -> tuple[Tensor, Tensor]:
-        pixels = jitter_colours(normalise_views(batch.frames), jitter, generator)
-        cache = self._encode(policy, batch, pixels)
-        valid = self.slots.expand_as(batch.actions)
-        task = draw_flow_task(batch.actions, valid, self.fitting.draws, self.distribution, generator)
-        flow = flow_loss(policy.velocity(cache, task.noisy, task.bucket), task)
-        place = (batch.target_m - self.place_mean) / self.place_deviation
-        return flow, place_loss(self.places(cache), place)
+    def _ask(self) -> list[list[Asked]]:
+        """The questions of the step, in as many parts as gradients are accumulated over."""
+        generator = stream(self.recipe.seed, self.step)
+        draws = self.objective.draw(self.feed.embodiments(self.step), generator, self.fitting.jitter)
+        groups = [group.to(self.device) for group in self.feed.groups(self.step)]
+        return [[self.objective.ask(g, draws) for g in part] for part in cut_groups(groups, self.fitting.accumulate)]
 
-    def _encode(self, policy: Policy, batch: Batch, pixels: Tensor) -> Cache:
-        ids = torch.from_numpy(self.prompt.token_ids).expand(len(pixels), -1)
-        return policy.encode_prefix(pixels, ids, self.prompt.image_start, self.prompt.state_index, batch.state)
+    def _backward(self, parts: Sequence[Sequence[Asked]]) -> Tensor:
+        """Add up the gradients; returns this process's part of flow, text, place and balance: (4,)."""
+        counts = self.objective.count([asked for part in parts for asked in part])
+        losses = torch.zeros(4, device=self.device)
+        for part in parts:
+            answered = self._answer(self.policy, part)
+            means = self.objective.means(answered, counts)
+            balance = self.objective.balance(answered.routing) / len(parts)
+            self.objective.weigh(means, balance).backward()
+            losses += torch.stack([*means, balance]).detach()
+            self.answers.append(answered)
+        return losses
 
-    def _indices(self, step: int) -> Tensor:
-        """The observations of a step: every one comes once per epoch, in an order of the epoch's own."""
-        batch, count = min(self.fitting.batch, len(self.data)), len(self.data)
-        per_epoch = count // batch
-        order = torch.randperm(count, generator=self._generator(-2 - step // per_epoch))
-        start = (step % per_epoch) * batch
-        return order[start : start + batch]
+    def _answer(self, policy: Policy, asked: Sequence[Asked]) -> Answered:
+        half = self.fitting.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            return self.objective.answer(policy, asked)
 
-    def _generator(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.recipe.seed * SEED_STRIDE + stream) % 2**63)
-
-    def _rate(self) -> float:
-        return warm_up_cosine(self.step, warm_up=self.fitting.warm_up_steps, total=self.fitting.steps, floor=RATE_FLOOR)
-
-    @torch.no_grad()
-    def _follow(self) -> None:
+    def _decay(self) -> float:
         # While the run is young an average over all its steps would remember the random start.
-        decay = min(self.fitting.ema_decay, (1 + self.step) / (10 + self.step))
-        for average, newest in zip(self.average.parameters(), self.policy.parameters(), strict=True):
-            average.lerp_(newest, 1 - decay)
+        return min(self.fitting.ema_decay, (1 + self.step) / (10 + self.step))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
     def _groups(self) -> list[dict[str, object]]:
-        parameters = [*self.policy.parameters(), *self.places.parameters()]
-        decayed = [p for p in parameters if p.ndim >= 2]
-        others = [p for p in parameters if p.ndim < 2]
+        named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+        decayed = [p for name, p in named if decays(name, p, self.policy.config)]
+        others = [p for name, p in named if not decays(name, p, self.policy.config)]
+        if self.objective.place is not None:
+            places = list(self.objective.place.parameters())
+            decayed += [p for p in places if p.ndim >= 2]
+            others += [p for p in places if p.ndim < 2]
         return [
             {"params": decayed, "weight_decay": self.fitting.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
 
-    def _state(self) -> dict[str, Tensor]:
-        modules = {"policy": self.policy, "average": self.average, "places": self.places}
-        tensors = {f"{part}.{name}": t for part, m in modules.items() for name, t in m.state_dict().items()}
-        for index, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": t for name, t in moments.items()}
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        for part, module in (("policy", self.policy), ("average", self.average), ("places", self.places)):
-            module.load_state_dict(_under(tensors, part))
-        state = self.optimiser.state_dict()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under(tensors, "optimiser").items():
-            index, moment = name.split(".", 1)
-            moments.setdefault(int(index), {})[moment] = tensor
-        self.optimiser.load_state_dict({**state, "state": moments})
+    def _modules(self) -> dict[str, nn.Module]:
+        places = {} if self.objective.place is None else {"places": self.objective.place}
+        return {"policy": self.policy, "average": self.average, **places}
 
 
-def jitter_colours(pixels: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Gain and offset of each image's channels changed by up to `amount`. pixels: (B, V, 3, S, S), normalised."""
-    if amount == 0:
-        return pixels
-    shape = (*pixels.shape[:3], 1, 1)
-    gain, offset = (1 + amount * (2 * torch.rand(shape, generator=generator) - 1) for _ in range(2))
-    return pixels * gain + (offset - 1)
-
-
-def _under(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    prefix = f"{part}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def whole_policy(config: PolicyConfig, weights: Mapping[str, Tensor]) -> Policy:
+    """A policy that owns these weights."""
+    with torch.device("meta"):
+        policy = Policy(config)
+    policy.load_state_dict(dict(weights), assign=True)
+    return policy

@@ -2,27 +2,31 @@
 
 import random
 import shutil
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from onbeat.training.checkpoint import save_checkpoint
+from onbeat.training.checkpoint import companions, save_checkpoint
 from onbeat.training.config import (
     ACTIVATIONS,
+    IDLE_SLOTS,
     DecoderConfig,
     DelayConfig,
+    ExpertsConfig,
     GateConfig,
     PolicyConfig,
     StreamConfig,
     VisionConfig,
-    load_config,
 )
+from onbeat.training.config_file import load_config
+from onbeat.training.model.adapters import ADAPTER
 from onbeat.training.model.policy import Policy
 
 # Norm scales, LayerScale and biases are drawn around these, so that forgetting any of them shows.
 SCALE_MEAN, SCALE_DEVIATION, BIAS_DEVIATION = 1.0, 0.2, 0.1
+ADAPTER_DEVIATION = 0.05  # near 1 / sqrt(200)
 
 
 def random_config(seed: int, vocabulary: int) -> PolicyConfig:
@@ -31,7 +35,7 @@ def random_config(seed: int, vocabulary: int) -> PolicyConfig:
     und, gen = _random_stream(draw), _random_stream(draw)
     if draw.random() < 0.25:
         gen = StreamConfig(und.width, und.ffn_width, gen.activation, gen.norm_epsilon)
-    return PolicyConfig(
+    config = PolicyConfig(
         vision=_random_vision(draw),
         decoder=_random_decoder(draw, und, gen, vocabulary),
         chunk=draw.randint(12, 16),
@@ -40,6 +44,25 @@ def random_config(seed: int, vocabulary: int) -> PolicyConfig:
         delay=draw.choice((DelayConfig(), DelayConfig(trained=True, simulated=6))),
         prompt_template=draw.choice(("long", "short")),
         template=draw.choice(("being_h0", "internvl2_5", "internlm2-chat")),
+    )
+    experts = _random_experts(draw, config.decoder.layers)
+    return replace(
+        config,
+        decoder=replace(config.decoder, experts=experts),
+        adapters=draw.random() < 0.5,
+        idle_slots=draw.choice(IDLE_SLOTS),
+    )
+
+
+def _random_experts(draw: random.Random, layers: int) -> ExpertsConfig | None:
+    if layers == 1 or draw.random() < 0.4:
+        return None
+    count = draw.randint(1, 5)
+    return ExpertsConfig(
+        foundation_layers=draw.randint(1, layers - 1),
+        count=count,
+        top_k=draw.randint(1, min(count, 3)),
+        routing=draw.choice(("observation", "observation", "token")),
     )
 
 
@@ -104,7 +127,9 @@ def random_policy(config: PolicyConfig, seed: int) -> Policy:
 
 def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
     drawn = torch.randn(parameter.shape, generator=generator)
-    if name.endswith("bias"):
+    if ADAPTER in name:
+        parameter.copy_(drawn * ADAPTER_DEVIATION)
+    elif name.endswith("bias"):
         parameter.copy_(drawn * BIAS_DEVIATION)
     elif parameter.ndim == 1:
         parameter.copy_(SCALE_MEAN + SCALE_DEVIATION * drawn)
@@ -123,13 +148,9 @@ def write_random_checkpoint(folder: Path, seed: int, like: Path, config: PolicyC
     like: a checkpoint folder whose tokenizer and metadata are copied. config: None draws one from the seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in _companions(like):
+    for path in companions(like):
         shutil.copy(path, folder / path.name)
     config = config or random_config(seed, load_config(like).decoder.vocabulary)
     policy = random_policy(config, seed)
     save_checkpoint(policy, folder)
     return policy
-
-
-def _companions(like: Path) -> Sequence[Path]:
-    return [path for path in like.glob("*") if path.suffix in (".json", ".txt") and path.name != "config.json"]

@@ -10,9 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.engine import FlowResult, Guidance, PolicyInputs, PolicySpec, SamplerSpec, check_guidance
+from onbeat.runtime.engine import (
+    ExpertsSpec,
+    FlowResult,
+    Guidance,
+    PolicyInputs,
+    PolicySpec,
+    SamplerSpec,
+    check_guidance,
+)
 from onbeat.training.checkpoint import load_checkpoint
-from onbeat.training.config import PolicyConfig
+from onbeat.training.config import DecoderConfig, PolicyConfig
 from onbeat.training.model.heads import UNIFIED
 from onbeat.training.model.policy import Cache, Policy
 from onbeat.training.model.sampler import Lock, Pull, choose_sampler, fit_chunk, sample_chunk
@@ -28,11 +36,13 @@ class EngineInputError(OnbeatError):
 @dataclass(frozen=True, slots=True)
 class TorchEngine:
     """Implements `Engine`. lock_prefix: whether prev_chunk is kept; checkpoints not trained for it ignore prev_chunk,
-    as the published code does."""
+    as the published code does. slots: (200,) bool, the robot's action slots; None leaves noise in the others even where
+    the network was trained without."""
 
     policy: Policy
     spec: PolicySpec
     lock_prefix: bool
+    slots: Tensor | None = None
 
     @torch.inference_mode()
     def prefix(self, inputs: PolicyInputs) -> Cache:
@@ -70,6 +80,7 @@ class TorchEngine:
             directions=self._directions(directions),
             lock=self._lock(prev_chunk, delay),
             pull=self._pull(prev_chunk, guidance),
+            slots=self.slots,
         )
         return FlowResult(sampled.actions[0].numpy(), sampled.gate[..., 0].numpy(), sampled.cost[..., 0].numpy())
 
@@ -79,8 +90,9 @@ class TorchEngine:
             raise EngineInputError(
                 f"token_ids must be (N,), each 0 to {vocabulary - 1}: use the checkpoint's tokenizer"
             )
+        least = inputs.state_index + (2 if self.spec.experts else 1)  # routers read what follows the state
         image_end = inputs.image_start + self.spec.views * self.spec.tokens_per_view
-        if not 0 <= inputs.image_start < image_end <= inputs.state_index < len(ids):
+        if not 0 <= inputs.image_start < image_end <= inputs.state_index or len(ids) < least:
             raise EngineInputError(
                 f"image_start {inputs.image_start} and state_index {inputs.state_index} leave no room for the image "
                 f"tokens in {len(ids)} tokens: give where they begin in token_ids"
@@ -120,15 +132,19 @@ def build_engine(
     overrides: Mapping[str, bool | int | float] | None = None,
     directions: bool = False,
     enable_rtc: bool = True,
+    slots: NDArray[np.bool_] | None = None,
 ) -> TorchEngine:
     """An engine for a policy with `views` cameras. overrides: of the sampler settings in config.json.
 
     directions: the caller gives the gate's directions at every flow (recorded cases); else their expectation is taken.
-    enable_rtc: False ignores prev_chunk even where the checkpoint was trained with a prefix.
+    enable_rtc: False ignores prev_chunk even where the checkpoint was trained with a prefix. slots: as in TorchEngine.
     """
     sampler = choose_sampler(policy.config, overrides, directions=directions)
     return TorchEngine(
-        policy.eval(), describe_policy(policy.config, sampler, views), enable_rtc and policy.config.delay.trained
+        policy.eval(),
+        describe_policy(policy.config, sampler, views),
+        enable_rtc and policy.config.delay.trained,
+        None if slots is None else torch.from_numpy(slots),
     )
 
 
@@ -157,7 +173,16 @@ def describe_policy(config: PolicyConfig, sampler: SamplerSpec, views: int) -> P
         trained_delay=config.delay.longest,
         sampler=sampler,
         guidance=True,
+        experts=_describe_experts(config.decoder),
     )
+
+
+def _describe_experts(decoder: DecoderConfig) -> ExpertsSpec | None:
+    experts = decoder.experts
+    if experts is None:
+        return None
+    layers = decoder.layers - experts.foundation_layers
+    return ExpertsSpec(layers, experts.count, experts.top_k, experts.routing)
 
 
 def _tensor(array: NDArray[np.float32]) -> Tensor:

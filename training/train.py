@@ -1,52 +1,30 @@
-"""`onbeat train RECIPE.toml`: demonstrations in, a checkpoint in the published format out."""
+"""`onbeat train RECIPE.toml`: data in, a checkpoint in the published format out."""
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
-from onbeat.embodiment.metadata import save_statistics
-from onbeat.embodiment.schema import load_embodiment
-from onbeat.runtime.language import PolicyLanguage
 from onbeat.training.checkpoint import WEIGHTS_FILE, CheckpointError
-from onbeat.training.config import save_config
-from onbeat.training.dataset import (
-    Steps,
-    action_slots,
-    assemble_steps,
-    measure_statistics,
-    read_recordings,
-    split_recordings,
-)
-from onbeat.training.fit import Fit, Losses, fresh_policy
+from onbeat.training.fit import Fit, Losses
+from onbeat.training.journal import Journal
+from onbeat.training.memory import MIB
 from onbeat.training.model.policy import count_parameters
+from onbeat.training.parallel import joined, rank, world
+from onbeat.training.plan import plan_lines, rehearse
+from onbeat.training.prepare import Prepared, prepare, start_fit
 from onbeat.training.recipe import Recipe, load_recipe
-from onbeat.training.text import fit_tokenizer, write_tokenizer
-
-HISTORY_FILE = "history.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """All that a run needs before its first step. language: translates for the robot and for training alike."""
-
-    language: PolicyLanguage
-    instruction: str
-    data: Steps
-    held_out: Steps
-    slots: Tensor
-    vocabulary: int
+from onbeat.training.validation import held_out_groups, measure_fit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,104 +32,100 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     recipe = load_recipe(options.recipe)
     torch.set_num_threads(recipe.fitting.threads)
-    if not options.resume and not options.dry_run:
+    with joined():
+        told = plan(recipe, options.data, options.out) if options.dry_run else train(recipe, options)
+        first = rank() == 0
+    if options.json and first:
+        print(json.dumps({"recipe": recipe.describe(), **told}))
+    return 0 if options.dry_run or told["step"] == recipe.fitting.steps else 1
+
+
+def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
+    """The run, or the rest of it; returns the last figures on held-out data."""
+    if not options.resume:
         _refuse_to_overwrite(options.out)
+    with own_folder(options.out) as out:
+        prepared = prepare(recipe, options.data, out)
+        fit = start_fit(recipe, prepared)
+        if options.resume:
+            fit.resume(options.out)
+        _tell(plan_lines(fit, prepared, options.out, None))
+        run(fit, prepared, out)
+    return {"step": fit.step, **_measure(fit, prepared)}
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[Path]:
+    """Where this process writes: `out` for the first, a folder that is thrown away for those that share its work."""
+    if rank() == 0:
+        yield out
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(recipe, options.data, Path(scratch) if options.dry_run else options.out)
-    fit = start_fit(recipe, prepared)
-    if options.resume:
-        fit.resume(options.out)
-    _print_plan(fit, prepared)
-    if not options.dry_run:
-        run(fit, prepared, options.out)
-    if options.json:
-        print(json.dumps({"recipe": recipe.describe(), "step": fit.step, **measure_fit(fit, prepared)}))
-    return 0
+        yield Path(scratch)
 
 
-def prepare(recipe: Recipe, data: Path, out: Path) -> Prepared:
-    """Read the demonstrations and write the checkpoint's tokenizer, statistics and config.json into `out`."""
-    robot = load_embodiment(recipe.embodiment)
-    recordings = read_recordings(data, robot, recipe.network.image_size)
-    fitted, held_out = split_recordings(recordings.demonstrations, recipe.fitting.held_out, recipe.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = fit_tokenizer(sentences(recipe, recordings.instruction))
-    write_tokenizer(tokenizer, out)
-    save_statistics(measure_statistics(fitted, robot, recipe.dataset), out)
-    save_config(recipe.network.configure(tokenizer.get_vocab_size()), out)
-    language = PolicyLanguage.from_folder(out, embodiment=robot, dataset=recipe.dataset)
-    return Prepared(
-        language,
-        recordings.instruction,
-        assemble_steps(fitted, language),
-        assemble_steps(held_out, language),
-        action_slots(robot),
-        tokenizer.get_vocab_size(),
-    )
-
-
-def sentences(recipe: Recipe, instruction: str) -> list[str]:
-    """The text around an observation, piece by piece as the prompt has it."""
-    return [f"system\n{recipe.network.system_message}", "user\n", "assistant\n", "\n", instruction]
-
-
-def start_fit(recipe: Recipe, prepared: Prepared) -> Fit:
-    """A run at step 0."""
-    policy = fresh_policy(recipe.network, prepared.vocabulary, recipe.seed, prepared.slots)
-    prompt = prepared.language.prompt(prepared.instruction)
-    return Fit(recipe, policy, prepared.data, prompt, prepared.slots)
+def plan(recipe: Recipe, data: Path, out: Path) -> dict[str, object]:
+    """Read and check everything, take a few steps to see how long they are, write nothing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare(recipe, data, Path(scratch))
+        fit = start_fit(recipe, prepared)
+        tried = rehearse(fit, prepared)
+        _tell(plan_lines(fit, prepared, out, tried))
+    memory_mib = round(tried.memory.total / MIB, 1)
+    return {"step": 0, "parameters": count_parameters(fit.policy), "step_s": tried.step_s, "memory_mib": memory_mib}
 
 
 def run(fit: Fit, prepared: Prepared, out: Path) -> None:
-    """Take the remaining steps; validate and write the checkpoint every `report_steps` and at the end."""
-    fitting, recent, began = fit.fitting, Recent(), time.monotonic()
-    with tqdm(total=fitting.steps, initial=fit.step, unit="step", smoothing=0.05) as progress:
-        while fit.step < fitting.steps:
-            recent.add(fit.advance())
-            progress.update()
-            if fit.step % fitting.report_steps == 0 or fit.step == fitting.steps:
-                row = {"step": fit.step, "elapsed_s": round(time.monotonic() - began, 1), **recent.take()}
-                row |= {f"held_out_{name}": value for name, value in measure_fit(fit, prepared).items()}
-                fit.save(out)
-                append_history(out / HISTORY_FILE, row)
-                progress.write(_line(row), file=sys.stderr)
+    """Take the remaining steps; validate and write the checkpoint every `report_steps` and at the end.
 
-
-def measure_fit(fit: Fit, prepared: Prepared) -> dict[str, float]:
-    """Losses on the held-out demonstrations, and the sampled chunks' mean absolute error per action key.
-
-    The errors are in the robot's units (rad for joints), over whole chunks and over their first halves.
+    Asked to stop (Ctrl-C, SIGTERM), it finishes the step and writes all that it needs to go on.
     """
-    validation = fit.validate(prepared.held_out)
-    sampled, recorded = (_decode(chunks, prepared.language) for chunks in (validation.sampled, validation.recorded))
-    figures = {"flow": validation.flow, "place": validation.place}
-    for key, values in sampled.items():
-        error = np.abs(values - recorded[key])
-        figures |= {f"error_{key}": float(error.mean())}
-        figures |= {f"error_{key}_first_half": float(error[:, : error.shape[1] // 2].mean())}
-    return figures
+    steps = fit.fitting.steps
+    bar = tqdm(total=steps, initial=fit.step, unit="step", smoothing=0.05, disable=rank() > 0)
+    with Journal(out, fit.step) as journal, bar, StopRequest() as stop:
+        while fit.step < steps and not stop.asked:
+            losses = _advance(fit, journal)
+            bar.set_postfix(flow=f"{losses.flow:.4f}", refresh=False)
+            bar.update()
+            if fit.step % fit.fitting.report_steps == 0 or fit.step == steps:
+                held_out = _measure(fit, prepared)
+                fit.save(out)
+                bar.write(_line(journal.report(fit.step, held_out)), file=sys.stderr)
+        if fit.step < steps:
+            fit.save(out)
+            bar.write(f"stopped at step {fit.step} of {steps}: go on with --resume", file=sys.stderr)
 
 
-def _decode(chunks: Tensor, language: PolicyLanguage) -> dict[str, NDArray[Any]]:
-    """(B, C, A) as {key: (B, C, d)} in the robot's units."""
-    decoded = language.decode(chunks.flatten(0, 1).numpy())
-    return {key: values.reshape(*chunks.shape[:2], -1) for key, values in decoded.items()}
+def _advance(fit: Fit, journal: Journal) -> Losses:
+    began_s, rate = time.monotonic(), fit.rate
+    losses = fit.advance()
+    journal.step(fit.step, losses, fit.answers, rate, fit.fitting.batch / (time.monotonic() - began_s))
+    return losses
 
 
-class Recent:
-    """Means over the steps since the last report."""
+class StopRequest:
+    """Ctrl-C and SIGTERM as a question, so that no step is cut in two. Processes that train together stop at once
+    instead: they would not agree on the step."""
 
     def __init__(self) -> None:
-        self._rows: list[Losses] = []
+        self.asked = False
+        self._before: dict[int, Any] = {}
 
-    def add(self, losses: Losses) -> None:
-        self._rows.append(losses)
+    def __enter__(self) -> "StopRequest":
+        if world() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def take(self) -> dict[str, float]:
-        """The means, and start anew."""
-        means = torch.tensor(self._rows).mean(0).tolist()
-        self._rows = []
-        return dict(zip(Losses._fields, means, strict=True))
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+def _measure(fit: Fit, prepared: Prepared) -> dict[str, float]:
+    return measure_fit(fit, held_out_groups(prepared.held_out), prepared.languages)
 
 
 def _refuse_to_overwrite(out: Path) -> None:
@@ -159,34 +133,30 @@ def _refuse_to_overwrite(out: Path) -> None:
         raise CheckpointError(f"{out} holds a checkpoint already: go on from it with --resume, or give another --out")
 
 
-def append_history(path: Path, row: dict[str, float]) -> None:
-    """One line of JSON per report."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def _line(row: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in row.items())
 
 
-def _print_plan(fit: Fit, prepared: Prepared) -> None:
-    parts = count_parameters(fit.policy)
-    epochs = fit.fitting.steps * fit.fitting.batch / len(prepared.data)
-    print(f"{len(prepared.data)} steps to fit, {len(prepared.held_out)} held out; {epochs:.1f} epochs", file=sys.stderr)
-    print("parameters: " + "  ".join(f"{name} {count:,}" for name, count in parts.items()), file=sys.stderr)
+def _tell(lines: Sequence[str]) -> None:
+    if rank() == 0:
+        print("\n".join(lines), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onbeat train",
-        description="Fit a policy on recorded demonstrations.",
+        description="Fit a policy, a fresh one or a checkpoint, on demonstrations or on a mixture of datasets.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="TOML file, such as training/configs/so101_lift.toml")
-    parser.add_argument("--data", type=Path, default=Path("out/demonstrations"), help="folder of demonstrations")
+    parser.add_argument(
+        "--data", type=Path, default=Path("out/demonstrations"), help="demonstrations, where the recipe has no [data]"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/checkpoint"), help="checkpoint folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from what is in --out")
-    parser.add_argument("--dry-run", action="store_true", help="read and check everything, take no step")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read and check, tell plan, memory and time of a step, write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print recipe and held-out losses as JSON on stdout")
     return parser
 

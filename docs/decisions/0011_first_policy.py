@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from onbeat.training.prepare import Prepared, prepare, start_fit
 from onbeat.training.recipe import Recipe, load_recipe
-from onbeat.training.train import Prepared, prepare, start_fit
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "so101_lift.toml"
 PATCH_14 = {"patch_size": 14, "vision_width": 128, "vision_ffn": 384, "vision_heads": 4}

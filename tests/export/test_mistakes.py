@@ -13,7 +13,7 @@ from onbeat.export import bundling, flow_graph, layers, proof, verify
 from onbeat.kernels import image
 from onbeat.runtime import bundle
 from onbeat.runtime.language import PolicyLanguage
-from onbeat.training import config, torch_engine
+from onbeat.training import config, config_file, torch_engine
 from onbeat.training.model import gating
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -56,7 +56,7 @@ def reuse_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 def anchor_at_the_clean_end(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, config, "_parse_gate", lambda parse: lambda *a: replace(parse(*a), anchor_bucket=1000))
+    wrap(patch, config_file, "_parse_gate", lambda parse: lambda *a: replace(parse(*a), anchor_bucket=1000))
 
 
 def expert_epsilon(patch: pytest.MonkeyPatch) -> None:
@@ -67,11 +67,11 @@ def expert_epsilon(patch: pytest.MonkeyPatch) -> None:
 
         return parse_decoder
 
-    wrap(patch, config, "_parse_decoder", wrong)
+    wrap(patch, config_file, "_parse_decoder", wrong)
 
 
 def rope_theta(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, config, "_parse_decoder", lambda parse: lambda *a: replace(parse(*a), rope_theta=1e4))
+    wrap(patch, config_file, "_parse_decoder", lambda parse: lambda *a: replace(parse(*a), rope_theta=1e4))
 
 
 def state_slot(patch: pytest.MonkeyPatch) -> None:

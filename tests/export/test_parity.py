@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from onbeat.export.graphs import write_graphs
 from onbeat.export.prefix_graph import PrefixLayout
@@ -30,13 +32,14 @@ class Shape:
     config: PolicyConfig
     sampler: SamplerSpec
     views: int
+    slots: NDArray[np.bool_]
 
 
 def draw_shape(seed: int) -> Shape:
     config = random_config(seed, VOCABULARY)
     drawn = random.Random(seed + 1000)
     sampler = choose_sampler(config, directions=drawn.random() < 0.5)
-    return Shape(config, sampler, drawn.randint(1, 3))
+    return Shape(config, sampler, drawn.randint(1, 3), np.random.default_rng(seed).random(200) < 0.3)
 
 
 def draw_prompt(shape: Shape, seed: int) -> Prompt:
@@ -52,7 +55,7 @@ def open_both(shape: Shape, prompt: Prompt, seed: int, folder: Path) -> tuple[On
     policy = random_policy(shape.config, seed).eval()
     spec = describe_policy(shape.config, shape.sampler, shape.views)
     layout = PrefixLayout(shape.views, prompt.image_start, prompt.state_index)
-    write_graphs(policy, layout, shape.sampler, folder)
+    write_graphs(policy, layout, shape.sampler, folder, shape.slots)
     exported = OnnxEngine(
         folder / "prefix.onnx",
         folder / "flow.onnx",
@@ -60,7 +63,7 @@ def open_both(shape: Shape, prompt: Prompt, seed: int, folder: Path) -> tuple[On
         image_start=prompt.image_start,
         state_index=prompt.state_index,
     )
-    return exported, TorchEngine(policy, spec, lock_prefix=True)
+    return exported, TorchEngine(policy, spec, lock_prefix=True, slots=torch.from_numpy(shape.slots))
 
 
 def longer(draw: Draw) -> Draw:
@@ -101,6 +104,17 @@ def test_seeds_cover_every_shape() -> None:
     assert {decoder.und.width == decoder.gen.width for decoder in decoders} == {True, False}
     assert any(decoder.heads * decoder.head_dim != decoder.und.width for decoder in decoders)
     assert {decoder.heads // decoder.kv_heads for decoder in decoders} == {1, 2, 4}
+    experts = [decoder.experts for decoder in decoders if decoder.experts is not None]
+    assert len(experts) < len(decoders)
+    assert {mixture.routing for mixture in experts} == {"observation", "token"}
+    assert {mixture.top_k for mixture in experts} == {1, 2, 3}
+    assert any(mixture.top_k < mixture.count and mixture.top_k > 1 for mixture in experts)
+    assert {(shape.config.adapters, shape.config.idle_slots) for shape in shapes} == {
+        (True, "noise"),
+        (True, "zero"),
+        (False, "noise"),
+        (False, "zero"),
+    }
 
 
 def test_comparison_sees_a_small_change(tmp_path: Path) -> None:

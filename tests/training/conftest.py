@@ -1,13 +1,12 @@
 """A tiny task that any network can learn: synthetic demonstrations of an SO-101 whose arm goes to a coloured dot."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from onbeat.training.demonstrations import FORMAT, VERSION, Demonstration, save
+from onbeat.training.demonstrations import Demonstration, write_demonstrations
 from onbeat.training.recipe import Fitting, Network, Recipe
 
 IMAGE_SIZE, STEPS, JOINTS = 28, 20, 6
@@ -20,16 +19,22 @@ def demonstrate() -> Callable[[int], Demonstration]:
 
 
 @pytest.fixture(scope="session")
+def demonstrate_at() -> Callable[[int, int], Demonstration]:
+    """Makes the demonstration of a seed with frames of another size."""
+    return synthetic_demonstration
+
+
+@pytest.fixture(scope="session")
 def write_folder() -> Callable[[Path, list[Demonstration]], None]:
     """Writes demonstrations into a folder, as the collector leaves them."""
-    return write_demonstrations
+    return write_synthetic
 
 
 @pytest.fixture(scope="session")
 def demonstrations(tmp_path_factory) -> Path:
     """A folder of six demonstrations."""
     folder = tmp_path_factory.mktemp("demonstrations")
-    write_demonstrations(folder, [synthetic_demonstration(seed) for seed in range(6)])
+    write_synthetic(folder, [synthetic_demonstration(seed) for seed in range(6)])
     return folder
 
 
@@ -54,26 +59,23 @@ def tiny_recipe() -> Recipe:
         delays=3,
     )
     fitting = Fitting(steps=20, batch=16, draws=2, warm_up_steps=5, peak_rate=5e-3, report_steps=10, threads=1)
-    return Recipe("so101", "tiny", seed=3, network=network, fitting=fitting)
+    return Recipe("tiny", seed=3, embodiment="so101", network=network, fitting=fitting)
 
 
-def synthetic_demonstration(seed: int) -> Demonstration:
+def synthetic_demonstration(seed: int, size: int = IMAGE_SIZE) -> Demonstration:
     """The dot stands somewhere; the arm goes there in a straight line."""
     rng = np.random.default_rng(seed)
     place = rng.uniform(-1, 1, 3).astype(np.float32)
-    frames = np.full((STEPS, 2, IMAGE_SIZE, IMAGE_SIZE, 3), 90, np.uint8)
-    row, column = ((place[:2] + 1) / 2 * (IMAGE_SIZE - 6)).astype(int)
+    frames = np.full((STEPS, 2, size, size, 3), 90, np.uint8)
+    row, column = ((place[:2] + 1) / 2 * (size - 6)).astype(int)
     frames[:, :, row : row + 6, column : column + 6] = (220, 30, 20)
     share = np.linspace(0, 1, STEPS, dtype=np.float32)[:, None]
     action = share * np.tile(place, 2) * 0.5
     state = action + rng.normal(0, 0.01, action.shape).astype(np.float32)
-    return Demonstration(frames, state, action, np.tile(place, (STEPS, 1)), seed=seed, start="home")
+    contact = np.arange(STEPS) == STEPS // 2
+    return Demonstration(frames, state, action, np.tile(place, (STEPS, 1)), contact, seed=seed, start="home")
 
 
-def write_demonstrations(folder: Path, demonstrations: list[Demonstration]) -> None:
+def write_synthetic(folder: Path, demonstrations: list[Demonstration]) -> None:
     """As the collector leaves them."""
-    files = [f"lift_{d.seed:06d}_0.npz" for d in demonstrations]
-    for name, demonstration in zip(files, demonstrations, strict=True):
-        save(demonstration, folder / name)
-    index = {"format": FORMAT, "version": VERSION, "instruction": "touch the dot", "files": files}
-    (folder / "index.json").write_text(json.dumps(index))
+    write_demonstrations(folder, demonstrations, "touch the dot")

@@ -3,20 +3,17 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from onbeat.runtime.delay import executed_steps
 from onbeat.runtime.prompt import SYSTEM_MESSAGES
-from onbeat.training.config import (
-    ConfigError,
-    VisionConfig,
-    load_config,
-    parse_config,
-    save_config,
-    write_config,
-)
+from onbeat.runtime.timeline import new_timeline
+from onbeat.training.config import ConfigError, DelayConfig, ExpertsConfig, RobotDelay, VisionConfig
+from onbeat.training.config_file import load_config, parse_config, save_config, write_config
 from onbeat.training.random_checkpoint import random_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -95,6 +92,37 @@ def test_longest_trained_prefix(document: Document, trained: bool, simulated: in
     assert parse_config(changed).delay.longest == (longest if trained else 0)
 
 
+def test_delays_are_those_of_the_embodiment_and_else_the_published_ones() -> None:
+    robots = {"so101": RobotDelay(50.0, probabilities=(0, 1, 3)), "d1": RobotDelay(50.0, latencies=((49, 2), (120, 2)))}
+    delay = DelayConfig(trained=True, simulated=4, robots=robots)
+    assert delay.weights("so101") == (0, 0.25, 0.75, 0)
+    assert delay.weights("d1") == (0, 0.5, 0, 0.5)
+    assert delay.weights("g1") == pytest.approx([w / sum((20.1, 7.39, 2.718, 1)) for w in (20.1, 7.39, 2.718, 1)], 1e-3)
+    assert replace(delay, exponential=False).weights("g1") == (0.25,) * 4
+    assert replace(delay, trained=False).weights("so101") == (1.0,), "no prefix was asked for"
+
+
+@pytest.mark.parametrize("latency", [0.0, 30.0, 49.9, 50.0, 99.0, 100.0, 149.9])
+def test_a_latency_counts_as_many_rows_as_the_runtime_would(latency: float) -> None:
+    rows = executed_steps(new_timeline(1, 1), t0_ns=0, period_ns=50_000_000, now_ns=round(latency * 1e6))
+    weights = RobotDelay(50.0, latencies=((latency, 1.0),)).weights(8)
+    assert weights.index(1.0) == rows
+
+
+def test_what_comes_later_than_the_longest_delay_counts_as_the_longest() -> None:
+    assert RobotDelay(50.0, latencies=((20, 1), (900, 1))).weights(3) == (0, 0.5, 0.5)
+
+
+def test_what_only_our_networks_have_survives_the_file(document: Document) -> None:
+    config = parse_config(document)
+    routed = replace(config.decoder, experts=ExpertsConfig(1, 4, 2, "token", 0.02))
+    robots = {"so101": RobotDelay(50.0, latencies=((49.5, 2.0),)), "d1": RobotDelay(20.0, probabilities=(0.5, 0.5))}
+    ours = replace(config, decoder=routed, adapters=True, idle_slots="zero", delay=replace(config.delay, robots=robots))
+    written = json.loads(json.dumps(write_config(ours)))
+    assert parse_config(written) == ours
+    assert [routed.is_routed(layer) for layer in range(3)] == [False, True, True]
+
+
 def set_at(path: str, value: object) -> Callable[[Document], None]:
     *parents, last = path.split(".")
 
@@ -145,6 +173,18 @@ def set_at(path: str, value: object) -> Callable[[Document], None]:
         ("onbeat", "fast", "onbeat"),
         ("onbeat", {"mpg_first_pass": "twice"}, "mpg_first_pass"),
         ("onbeat", {"mpg_anchor_bucket": 1001}, "mpg_anchor_bucket"),
+        ("onbeat", {"experts": {"foundation_layers": 1, "count": 4}}, "onbeat.experts.top_k"),
+        ("onbeat", {"experts": {"foundation_layers": 0, "count": 4, "top_k": 2}}, "layers is 0: give 1 to 2"),
+        ("onbeat", {"experts": {"foundation_layers": 3, "count": 4, "top_k": 2}}, "layers is 3: give 1 to 2"),
+        ("onbeat", {"experts": {"foundation_layers": 1, "count": 4, "top_k": 5}}, "top_k is 5: give 1 to 4"),
+        ("onbeat", {"experts": {"foundation_layers": 1, "count": 4, "top_k": 1, "routing": "x"}}, "experts.routing"),
+        ("onbeat", {"adapters": {}}, "adapters.enabled"),
+        ("onbeat", {"idle_slots": "none"}, "idle_slots"),
+        ("onbeat", {"delays": {"so101": {"period_ms": 0, "probabilities": [1]}}}, r"delays\.so101\.period_ms"),
+        ("onbeat", {"delays": {"so101": {"period_ms": 50}}}, "either latencies or probabilities"),
+        ("onbeat", {"delays": {"so101": {"period_ms": 50, "probabilities": [0, 0]}}}, "one weight above 0"),
+        ("onbeat", {"delays": {"so101": {"period_ms": 50, "probabilities": [1] * 9}}}, "raise simulated_delay"),
+        ("onbeat", {"delays": {"so101": {"period_ms": 50, "latencies_ms": [70]}}}, "pairs of milliseconds and weight"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(document: Document, path: str, value: object, named: str) -> None:

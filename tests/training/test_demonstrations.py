@@ -1,6 +1,6 @@
-"""Demonstrations: the file format, what a chain records, and what pushes and poor starts add."""
+"""Demonstrations: the dataset they become, what a chain records, and what pushes and poor starts add."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,17 @@ pytest.importorskip("mujoco")
 
 from onbeat.drivers.twin.world import World
 from onbeat.training import demonstrations
+from onbeat.training.data.layout import DataError, Feature
+from onbeat.training.data.reader import open_dataset
+from onbeat.training.data.writer import DatasetWriter
 from onbeat.training.demonstrations import (
     LIFTS_PER_CHAIN,
     REST_STEPS,
     Demonstration,
-    DemonstrationsError,
     Disturbance,
     collect_chain,
-    load,
-    load_all,
-    read_index,
-    save,
+    read_demonstrations,
+    write_demonstrations,
 )
 from onbeat.training.expert import MAX_SPEED_CHANGE_RAD_S, polar
 
@@ -40,85 +40,41 @@ def small(steps: int = 4) -> Demonstration:
     frames = rng.integers(0, 255, (steps, 2, 8, 8, 3), dtype=np.uint8)
     joints = [rng.standard_normal((steps, 6)).astype(np.float32) for _ in range(2)]
     cube = rng.standard_normal((steps, 3)).astype(np.float32)
-    return Demonstration(frames, *joints, cube_m=cube, seed=7, start="home")
+    contact = np.arange(steps) == 1
+    return Demonstration(frames, *joints, cube_m=cube, contact=contact, seed=7, start="home")
 
 
-def write_index(directory: Path, **changes: object) -> None:
-    index = {"format": "onbeat-demonstrations", "version": 1, "files": ["a.npz"], "steps": 4, **changes}
-    (directory / "index.json").write_text(json.dumps(index))
+def test_a_dataset_gives_back_what_went_in(tmp_path: Path) -> None:
+    before = [small(), small(7)]
+    assert write_demonstrations(tmp_path / "lifts", before, "lift it", {"seed": 7}) == 11
+    dataset = open_dataset(tmp_path / "lifts")
+    assert (dataset.info.about, dataset.tasks, dataset.info.fps) == ({"seed": 7}, {0: "lift it"}, 10)
+    for left, right in zip(before, read_demonstrations(tmp_path / "lifts"), strict=True):
+        assert (left.seed, left.start) == (right.seed, right.start) == (7, "home")
+        for name in ("frames", "state_rad", "action_rad", "cube_m", "contact"):
+            assert getattr(left, name).dtype == getattr(right, name).dtype
+            assert np.array_equal(getattr(left, name), getattr(right, name)), name
 
 
-def test_a_file_gives_back_what_went_in(tmp_path: Path) -> None:
-    before = small()
-    save(before, tmp_path / "a.npz")
-    write_index(tmp_path)
-    (after,) = load_all(tmp_path)
-    assert len(after) == 4
-    assert (after.seed, after.start) == (7, "home")
-    for name in ("frames", "state_rad", "action_rad", "cube_m"):
-        left, right = getattr(before, name), getattr(after, name)
-        assert left.dtype == right.dtype
-        assert np.array_equal(left, right), name
-
-
-@pytest.mark.parametrize("keep", [0, 20, 500])
-def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
-    path = tmp_path / "a.npz"
-    save(small(), path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DemonstrationsError, match=r"a\.npz is no demonstration .* collect the folder again"):
-        load(path)
-
-
-def test_a_flipped_byte_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    save(small(), path)
-    content = bytearray(path.read_bytes())
-    content[300] ^= 0xFF
-    path.write_bytes(content)
-    with pytest.raises(DemonstrationsError):
-        load(path)
-
-
-def test_a_file_without_an_array_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", frames=np.zeros((1, 2, 8, 8, 3), np.uint8))
-    with pytest.raises(DemonstrationsError, match="state_rad"):
-        load(tmp_path / "a.npz")
-
-
-def test_unequal_lengths_are_refused(tmp_path: Path) -> None:
+def test_unequal_lengths_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     whole = small()
-    short = Demonstration(whole.frames, whole.state_rad, whole.action_rad[:-1], whole.cube_m, seed=0, start="home")
-    save(short, tmp_path / "a.npz")
-    with pytest.raises(DemonstrationsError, match=r"lengths \[3, 4\]"):
-        load(tmp_path / "a.npz")
+    short = replace(whole, action_rad=whole.action_rad[:-1])
+    with pytest.raises(DataError, match=r"columns of episode 1 have \[3, 4\] rows"):
+        write_demonstrations(tmp_path / "lifts", [whole, short], "lift it")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", frames=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(DemonstrationsError):
-        load(tmp_path / "a.npz")
+def test_another_robots_dataset_names_the_command(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "other", fps=10, features={"action": Feature("float32", (2,))}) as writer:
+        writer.add_episode({"action": np.zeros((3, 2))}, "wave")
+    with pytest.raises(DataError, match=r"no column 'observation.state': run `python -m onbeat\.training"):
+        read_demonstrations(tmp_path / "other")
 
 
-def test_a_folder_without_an_index_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(DemonstrationsError, match=r"python -m onbeat\.training\.demonstrations"):
-        load_all(tmp_path)
-    (tmp_path / "index.json").write_text("{")
-    with pytest.raises(DemonstrationsError, match=r"index\.json"):
-        load_all(tmp_path)
-
-
-@pytest.mark.parametrize("changes", [{"version": 2}, {"format": "other"}])
-def test_another_format_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
-    write_index(tmp_path, **changes)
-    with pytest.raises(DemonstrationsError, match="version 1"):
-        read_index(tmp_path)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    write_index(tmp_path)
-    with pytest.raises(DemonstrationsError, match=r"lacks a\.npz \(1 in all\)"):
-        read_index(tmp_path)
+def test_nothing_is_collected_over_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(DataError, match="exists already"):
+        demonstrations.main(["--episodes", "3", "--out", str(tmp_path)])
 
 
 def test_a_chain_is_several_lifts_each_ending_at_rest(chain: list[Demonstration]) -> None:
@@ -130,6 +86,14 @@ def test_a_chain_is_several_lifts_each_ending_at_rest(chain: list[Demonstration]
         assert (height[-REST_STEPS:] > 0.05).all(), "it is up at the end"
         # What a chunk that reaches beyond the end repeats is where the expert stays.
         assert np.abs(np.diff(demonstration.action_rad[-REST_STEPS:], axis=0)).max() < 0.04
+
+
+def test_the_jaws_take_the_cube_before_it_rises(chain: list[Demonstration]) -> None:
+    for demonstration in chain:
+        taken = np.flatnonzero(demonstration.contact)
+        risen = np.flatnonzero(demonstration.cube_m[:, 2] > 0.03)
+        assert 1 <= len(taken) <= 5, "an event, not a state"
+        assert taken[0] <= risen[0]
 
 
 def test_a_row_is_what_was_seen_and_due_at_one_time(chain: list[Demonstration]) -> None:
@@ -187,10 +151,12 @@ def test_disturbances_come_and_go() -> None:
 def test_the_command_writes_a_folder_that_two_workers_fill(tmp_path: Path) -> None:
     out = tmp_path / "demos"
     assert demonstrations.main(["--episodes", "6", "--seed", "30", "--out", str(out), "--workers", "2"]) == 0
-    index = read_index(out)
-    recorded = load_all(out)
-    assert index["seed"] == 30
-    assert index["instruction"] == "lift the red cube"
-    assert index["command"].startswith("python -m onbeat.training.demonstrations --episodes 6")
-    assert index["steps"] == sum(map(len, recorded))
+    dataset, recorded = open_dataset(out), read_demonstrations(out)
+    assert dataset.info.about["seed"] == 30
+    assert dataset.info.about["command"].startswith("python -m onbeat.training.demonstrations --episodes 6")
+    assert dataset.tasks == {0: "lift the red cube"}
+    assert len(dataset) == sum(map(len, recorded))
     assert {d.seed for d in recorded} == {30, 31}
+    again = next(collect_chain(World(frame_size=demonstrations.FRAME_SIZE), 30))
+    assert np.array_equal(recorded[0].frames, again.frames), "no bit of a frame is lost"
+    assert np.array_equal(recorded[0].action_rad, again.action_rad)

@@ -8,6 +8,7 @@ phases: float32 is part of the rules there, and its rounding alone can move acti
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ from torch import Tensor
 from onbeat.runtime.engine import PolicyInputs
 from onbeat.training.checkpoint import publish_name
 from onbeat.training.config import DecoderConfig, StreamConfig
+from onbeat.training.model import decoder as decoder_module
+from onbeat.training.model.adapters import SlotAdapter
+from onbeat.training.model.decoder import Layer, RoutedStream
+from onbeat.training.model.experts import Route, Router
 from onbeat.training.model.policy import Policy
 from onbeat.training.model.vision import normalise_views
 from onbeat.training.random_checkpoint import random_config, random_policy
@@ -25,6 +30,7 @@ from onbeat.training.torch_engine import build_engine
 TOLERANCE = 1e-5  # on actions near 1
 VOCABULARY = 60
 
+Function = Callable[..., Any]
 ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "swish": lambda x: x / (1 + torch.exp(-x)),
@@ -48,7 +54,15 @@ class Naive:
     def linear(self, name: str, x: Tensor) -> Tensor:
         bias = self.tensors.get(f"{name}.bias")
         product = x @ self.tensors[f"{name}.weight"].T
-        return product if bias is None else product + bias
+        product = product if bias is None else product + bias
+        return product + self.adapt(name, x) if f"{name}.adapter.weight" in self.tensors else product
+
+    def adapt(self, name: str, x: Tensor) -> Tensor:
+        """What the slots' adapters add, slot by slot."""
+        rows, offsets = self.tensors[f"{name}.adapter.weight"], self.tensors.get(f"{name}.adapter.bias")
+        if offsets is None:
+            return sum((x[..., slot, None] * row for slot, row in enumerate(rows)), torch.zeros(()))
+        return torch.stack([x @ row + offset for row, offset in zip(rows, offsets, strict=True)], -1)
 
     def norm(self, name: str, x: Tensor, stream: StreamConfig) -> Tensor:
         root = torch.sqrt((x * x).mean(-1, keepdim=True) + stream.norm_epsilon)
@@ -88,10 +102,30 @@ class Naive:
         result = []
         for x, a, (stream, suffix) in zip(tokens, attended, streams, strict=True):
             x = x + self.linear(f"{name}.self_attn.o_proj{suffix}", a)
-            normed, mlp = self.norm(f"{name}.post_attention_layernorm{suffix}", x, stream), f"{name}.mlp{suffix}"
-            gate = ACTIVATION[stream.activation](self.linear(f"{mlp}.gate_proj", normed))
-            result.append(x + self.linear(f"{mlp}.down_proj", gate * self.linear(f"{mlp}.up_proj", normed)))
+            normed = self.norm(f"{name}.post_attention_layernorm{suffix}", x, stream)
+            if f"{name}.router{suffix}.weight" in self.tensors and len(result) > len(self.und):
+                last = self.norm(f"{name}.input_layernorm", tokens[len(self.und)], decoder.und)
+                result.append(x + self.mix(name, normed, last))
+            else:
+                result.append(x + self.feed_forward(f"{name}.mlp{suffix}", normed, stream))
         return result
+
+    def feed_forward(self, name: str, x: Tensor, stream: StreamConfig) -> Tensor:
+        gate = ACTIVATION[stream.activation](self.linear(f"{name}.gate_proj", x))
+        return self.linear(f"{name}.down_proj", gate * self.linear(f"{name}.up_proj", x))
+
+    def mix(self, name: str, x: Tensor, last: Tensor) -> Tensor:
+        """All experts of one action token, those not among the best K with weight 0. last: the prefix's last token."""
+        decoder, router = self.policy.config.decoder, f"{name}.router_mot_gen"
+        assert decoder.experts is not None
+        scores = self.linear(router, last)
+        if decoder.experts.routing == "token":
+            scores = scores + self.linear(f"{router}.token", x)
+        chances = torch.exp(scores) / torch.exp(scores).sum()
+        least = chances.sort(descending=True).values[decoder.experts.top_k - 1]
+        weights = torch.where(chances >= least, chances, 0.0)
+        outputs = [self.feed_forward(f"{name}.experts_mot_gen.{k}", x, decoder.gen) for k in range(len(scores))]
+        return sum((w / weights.sum() * y for w, y in zip(weights, outputs, strict=True)), torch.zeros_like(x))
 
     def gate(self, features: Tensor, clean: Tensor, directions: Tensor, strength: float, temperature: float) -> Tensor:
         lifted = self.linear("action_to_vlm_proj", features)
@@ -176,11 +210,12 @@ def sample_naively(
 
 def random_inputs(policy: Policy, views: int, seed: int) -> PolicyInputs:
     draw, vision = np.random.default_rng(seed), policy.config.vision
+    least = 0 if policy.config.decoder.experts is None else 1  # tokens after the state
     images, before = views * vision.tokens_per_view, int(draw.integers(1, 6))
     state_index = before + images + int(draw.integers(0, 4))
     return PolicyInputs(
         views=draw.integers(0, 256, (views, vision.image_size, vision.image_size, 3), dtype=np.uint8),
-        token_ids=draw.integers(0, VOCABULARY, state_index + 1 + int(draw.integers(0, 6))),
+        token_ids=draw.integers(0, VOCABULARY, state_index + 1 + int(draw.integers(least, 6))),
         image_start=before,
         state_index=state_index,
         state=draw.standard_normal(200).astype(np.float32),
@@ -218,3 +253,65 @@ def test_cached_network_equals_the_naive_one(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8, 24))
 def test_cached_network_equals_the_naive_one_at_full_length(seed: int) -> None:
     assert compare(seed, {}) <= TOLERANCE
+
+
+# Mistakes in a mixture of experts, made in the real code: each moves the actions of some network.
+
+
+def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[[Function], Function]) -> None:
+    patch.setattr(owner, name, change(getattr(owner, name)))
+
+
+def rechoose(patch: pytest.MonkeyPatch, change: Callable[[Route], Route]) -> None:
+    wrap(patch, decoder_module, "choose", lambda choose: lambda *arguments: change(choose(*arguments)))
+
+
+def weights_not_renormalised(patch: pytest.MonkeyPatch) -> None:
+    rechoose(patch, lambda route: route._replace(weights=route.logits.softmax(-1).gather(-1, route.chosen)))
+
+
+def weights_all_equal(patch: pytest.MonkeyPatch) -> None:
+    rechoose(patch, lambda route: route._replace(weights=torch.full_like(route.weights, 1 / route.weights.shape[-1])))
+
+
+def experts_swapped(patch: pytest.MonkeyPatch) -> None:
+    rechoose(patch, lambda route: route._replace(chosen=route.chosen.flip(-1)))
+
+
+def router_reads_the_token_before(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Layer, "_read_prefixes", lambda read: lambda self, und, places: read(self, und.roll(1, 1), places))
+
+
+def router_reads_before_the_norm(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Router, "forward", lambda read: lambda self, x: read(self, 2 * x))
+
+
+def state_through_experts(patch: pytest.MonkeyPatch) -> None:
+    def finish(self: RoutedStream, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.experts[0](self.post_attention_layernorm(x))
+
+    patch.setattr(RoutedStream, "finish", finish)
+
+
+def adapters_forgotten(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, SlotAdapter, "rows", lambda rows: lambda self: 0 * rows(self))
+
+
+MISTAKES = [
+    weights_not_renormalised,
+    weights_all_equal,
+    experts_swapped,
+    router_reads_the_token_before,
+    router_reads_before_the_norm,
+    state_through_experts,
+    adapters_forgotten,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_the_mixture(mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake(monkeypatch)
+    worst = max(compare(seed, {"num_inference_timesteps": 1}) for seed in (3, 18))
+    assert worst > 10 * TOLERANCE

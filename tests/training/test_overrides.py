@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from onbeat.training.config import PolicyConfig, load_config
+from onbeat.training.config import PolicyConfig
+from onbeat.training.config_file import load_config
 from onbeat.training.model.sampler import OverrideError, choose_sampler
 
 

@@ -4,32 +4,38 @@ The understanding stream (und) carries text and image tokens, the action stream 
 The sequence is causal and the actions come last, so the prefix is computed once and only its keys and values are kept.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onbeat.training.config import DecoderConfig, StreamConfig
+from onbeat.training.config import DecoderConfig, ExpertsConfig, StreamConfig
+from onbeat.training.model.experts import Experts, Route, Router, choose
+from onbeat.training.model.feed_forward import GatedFeedForward
+from onbeat.training.model.packing import Shape, join, split, stack, unstack
 
 # B batch, N prefix tokens (the state token included), D draws per prefix, C chunk rows,
 # H query heads, G key-value heads, X head width, W stream width.
 
-ACTIVATION = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
 
 class KeysValues(NamedTuple):
-    """One layer's cache: keys after norm and rotation, values; both (B, G, N, X)."""
+    """One layer's cache: keys after norm and rotation, values; both (B, G, N, X).
+
+    router: (B, E), what the prefix says to the layer's choice among experts, None where it has none.
+    """
 
     keys: Tensor
     values: Tensor
+    router: Tensor | None = None
+
+
+class Advanced(NamedTuple):
+    """Action tokens (B, T, W) after a layer, and the experts they took, None where it has none."""
+
+    tokens: Tensor
+    route: Route | None
 
 
 class Rotation(NamedTuple):
@@ -95,20 +101,6 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-class GatedFeedForward(nn.Module):
-    """down(act(gate(x)) * up(x))."""
-
-    def __init__(self, stream: StreamConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(stream.width, stream.ffn_width, bias=False)
-        self.up_proj = nn.Linear(stream.width, stream.ffn_width, bias=False)
-        self.down_proj = nn.Linear(stream.ffn_width, stream.width, bias=False)
-        self.activation = ACTIVATION[stream.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Stream(nn.Module):
     """One stream's weights of one layer. Every norm, q and k included, uses the stream's own epsilon."""
 
@@ -137,6 +129,26 @@ class Stream(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class RoutedStream(Stream):
+    """An action stream whose actions take experts; the state token keeps the shared feed-forward."""
+
+    def __init__(self, config: DecoderConfig, experts: ExpertsConfig) -> None:
+        super().__init__(config, config.gen)
+        self.top_k = experts.top_k
+        self.router = Router(config, experts)
+        self.experts = Experts(config, experts)
+
+    def finish_actions(self, x: Tensor, attended: Tensor, scores: Tensor) -> Advanced:
+        """As `finish`, by experts. scores: (B, E), the router's reading of the prefix."""
+        x = x + self.self_attn.o_proj(attended)
+        normed = self.post_attention_layernorm(x)
+        if self.router.token is None:
+            route = choose(scores, self.top_k)
+            return Advanced(x + self.experts(normed, route), route)
+        route = choose((scores[:, None] + self.router.token(normed)).flatten(0, 1), self.top_k)
+        return Advanced(x + self.experts(normed.flatten(0, 1)[:, None], route).view_as(x), route)
+
+
 def insert_token(others: Tensor, token: Tensor, index: int) -> Tensor:
     """(B, N - 1, ...) and (B, 1, ...) to (B, N, ...) with the token at `index`."""
     return torch.cat([others[:, :index], token, others[:, index:]], dim=1)
@@ -160,40 +172,102 @@ def attend(queries: Tensor, cache: KeysValues, mask: Tensor | None) -> Tensor:
     return result.transpose(1, 2).flatten(2)
 
 
-class Layer(nn.Module):
-    """One layer: both streams' weights."""
+class Place(NamedTuple):
+    """One group of prefixes. shape: (B, N - 1) of its und tokens; state: where the state token stands among them."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    shape: Shape
+    state: int
+    by: Rotation
+
+
+class Seen(NamedTuple):
+    """What the actions of a group may look at: its cache, and a mask (T, N + T) over it and themselves."""
+
+    cache: KeysValues
+    by: Rotation
+    mask: Tensor
+
+
+class Layer(nn.Module):
+    """One layer: both streams' weights. routed: whether its actions take experts.
+
+    Groups of prefixes of different lengths pass together: see packing.py. One group is the usual case.
+    """
+
+    def __init__(self, config: DecoderConfig, *, routed: bool = False) -> None:
         super().__init__()
         self.und = Stream(config, config.und)
-        self.gen = Stream(config, config.gen)
+        experts = config.experts if routed else None
+        self.gen = Stream(config, config.gen) if experts is None else RoutedStream(config, experts)
 
-    def forward(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> tuple[Tensor, Tensor, KeysValues]:
-        """The prefix: und tokens (B, N - 1, W) with the state token (B, 1, W) standing at `index` among them."""
+    def forward(
+        self, und: Tensor, state: Tensor, places: Sequence[Place]
+    ) -> tuple[Tensor, Tensor, list[KeysValues]]:
+        """The prefixes: und tokens joined from (B, N - 1, W), state tokens (sum of B, 1, W); a cache per group."""
         normed = self.und.input_layernorm(und), self.gen.input_layernorm(state)
-        cache = self._keys_values(*normed, index, by)
-        queries = insert_token(self.und.queries(normed[0]), self.gen.queries(normed[1]), index)
-        attended = attend(rotate(queries.transpose(1, 2), by), cache, None)
-        und = self.und.finish(und, remove_token(attended, index))
-        return und, self.gen.finish(state, attended[:, index : index + 1]), cache
+        caches = self._keys_values(*normed, places)
+        queries = self._interleave(self.und.queries(normed[0]), self.gen.queries(normed[1]), places)
+        attended = [
+            attend(rotate(own.transpose(1, 2), place.by), cache, None)
+            for own, cache, place in zip(queries, caches, places, strict=True)
+        ]
+        others = join([remove_token(group, place.state) for group, place in zip(attended, places, strict=True)])
+        states = stack([group[:, p.state : p.state + 1] for group, p in zip(attended, places, strict=True)])
+        return self.und.finish(und, others), self.gen.finish(state, states), caches
 
-    def prefix_cache(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> KeysValues:
-        """What alone is needed of the last layer: keys and values of the prefix."""
-        return self._keys_values(self.und.input_layernorm(und), self.gen.input_layernorm(state), index, by)
+    def prefix_cache(self, und: Tensor, state: Tensor, places: Sequence[Place]) -> list[KeysValues]:
+        """What alone is needed of the last layer: keys and values of the prefixes."""
+        return self._keys_values(self.und.input_layernorm(und), self.gen.input_layernorm(state), places)
 
-    def advance(self, x: Tensor, cache: KeysValues, by: Rotation, mask: Tensor) -> Tensor:
-        """The actions: gen tokens (B, T, W) that see the cache and, as the mask allows, each other."""
+    def advance(self, x: Tensor, seen: Sequence[Seen]) -> Advanced:
+        """The actions: gen tokens (sum of B, T, W) that see their group's cache and, as its mask allows, each other."""
         normed = self.gen.input_layernorm(x)
-        keys = rotate(self.gen.keys(normed).transpose(1, 2), by)
-        values = self.gen.values(normed).transpose(1, 2)
-        queries = rotate(self.gen.queries(normed).transpose(1, 2), by)
-        seen = KeysValues(torch.cat([cache.keys, keys], dim=2), torch.cat([cache.values, values], dim=2))
-        return self.gen.finish(x, attend(queries, seen, mask))
+        sizes = [len(group.cache.keys) for group in seen]
+        own = (unstack(t, sizes) for t in (self.gen.queries(normed), self.gen.keys(normed), self.gen.values(normed)))
+        attended = stack([look(*tokens) for tokens in zip(*own, seen, strict=True)])
+        if isinstance(self.gen, RoutedStream):
+            scores = [group.cache.router for group in seen if group.cache.router is not None]
+            assert len(scores) == len(seen), "the prefix was made without this layer's router"
+            return self.gen.finish_actions(x, attended, stack(scores))
+        return Advanced(self.gen.finish(x, attended), None)
 
-    def _keys_values(self, und: Tensor, state: Tensor, index: int, by: Rotation) -> KeysValues:
-        keys = insert_token(self.und.keys(und), self.gen.keys(state), index)
-        values = insert_token(self.und.values(und), self.gen.values(state), index)
-        return KeysValues(rotate(keys.transpose(1, 2), by), values.transpose(1, 2))
+    def _keys_values(self, und: Tensor, state: Tensor, places: Sequence[Place]) -> list[KeysValues]:
+        keys = self._interleave(self.und.keys(und), self.gen.keys(state), places)
+        values = self._interleave(self.und.values(und), self.gen.values(state), places)
+        scores = self._read_prefixes(und, places)
+        return [
+            KeysValues(rotate(k.transpose(1, 2), place.by), v.transpose(1, 2), score)
+            for k, v, score, place in zip(keys, values, scores, places, strict=True)
+        ]
+
+    @staticmethod
+    def _interleave(und: Tensor, state: Tensor, places: Sequence[Place]) -> list[Tensor]:
+        """Und tokens and state tokens to whole prefixes (B, N, ...), group by group."""
+        groups = zip(_split_und(und, places), _split_state(state, places), places, strict=True)
+        return [insert_token(others, token, place.state) for others, token, place in groups]
+
+    def _read_prefixes(self, und: Tensor, places: Sequence[Place]) -> Sequence[Tensor | None]:
+        """The router's scores of each group's prefixes (B, E), from the last token as it enters the layer, normed."""
+        if not isinstance(self.gen, RoutedStream):
+            return [None] * len(places)
+        for place in places:
+            assert place.state < place.shape[1], f"the state token, at {place.state}, ends what the router reads"
+        return _split_state(self.gen.router(stack([group[:, -1] for group in _split_und(und, places)])), places)
+
+
+def _split_und(tokens: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    return split(tokens, [place.shape for place in places])
+
+
+def _split_state(rows: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    return unstack(rows, [place.shape[0] for place in places])
+
+
+def look(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
+    """Attention of one group's actions, (B, T, heads, X) each, to what they may see: (B, T, H x X)."""
+    keys = torch.cat([seen.cache.keys, rotate(keys.transpose(1, 2), seen.by)], dim=2)
+    values = torch.cat([seen.cache.values, values.transpose(1, 2)], dim=2)
+    return attend(rotate(queries.transpose(1, 2), seen.by), KeysValues(keys, values), seen.mask)
 
 
 class Decoder(nn.Module):
@@ -203,7 +277,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocabulary, config.und.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, routed=config.is_routed(n)) for n in range(config.layers))
         self.norm = nn.ModuleDict(
             {
                 "und": RmsNorm(config.und.width, config.und.norm_epsilon),
@@ -218,26 +292,46 @@ class Decoder(nn.Module):
         """The layers, with their type."""
         return list(self.layers)  # pyright: ignore[reportReturnType]
 
-    def encode_prefix(self, und: Tensor, state: Tensor, index: int) -> list[KeysValues]:
-        """und (B, N - 1, W) and the state token (B, 1, W), which stands at `index` of N, to one cache per layer."""
-        by = self.rotary(torch.arange(und.shape[1] + 1, device=und.device))
-        caches: list[KeysValues] = []
+    def encode_prefixes(
+        self, und: Sequence[Tensor], state: Sequence[Tensor], indices: Sequence[int]
+    ) -> list[list[KeysValues]]:
+        """Per group: und (B, N - 1, W) and the state token (B, 1, W), which stands at `index` of N, to a cache per
+        layer."""
+        places = [self.place(group, index) for group, index in zip(und, indices, strict=True)]
+        tokens, states = join(und), stack(state)
+        caches: list[list[KeysValues]] = []
         *layers, last = self.stack
         for layer in layers:
-            und, state, cache = layer(und, state, index, by)
+            tokens, states, cache = layer(tokens, states, places)
             caches.append(cache)
-        return [*caches, last.prefix_cache(und, state, index, by)]
+        caches.append(last.prefix_cache(tokens, states, places))
+        return [list(group) for group in zip(*caches, strict=True)]
 
-    def advance(self, features: Tensor, caches: list[KeysValues]) -> Tensor:
-        """Action features (B, D, C, W) of D independent draws to the normed output of the action stream, same shape."""
+    def encode_prefix(self, und: Tensor, state: Tensor, index: int) -> list[KeysValues]:
+        """`encode_prefixes` of one group."""
+        return self.encode_prefixes([und], [state], [index])[0]
+
+    def advance(self, features: Tensor, caches: Sequence[list[KeysValues]]) -> tuple[Tensor, list[Route]]:
+        """Action features (sum of B, D, C, W) of D independent draws, each group with its cache, to the normed output
+        of the action stream, same shape, and the routes of the layers that have experts."""
         draws, chunk = features.shape[1:3]
-        length = caches[0].keys.shape[2]
-        by = self.rotary((length + torch.arange(chunk, device=features.device)).repeat(draws))
-        mask = draw_mask(length, draws, chunk, features.device)
-        x = features.flatten(1, 2)
-        for layer, cache in zip(self.stack, caches, strict=True):
-            x = layer.advance(x, cache, by, mask)
-        return self.norm["gen"](x).unflatten(1, (draws, chunk))
+        views = [self._view(cache[0], draws, chunk) for cache in caches]
+        x, routes = features.flatten(1, 2), list[Route]()
+        for layer, *groups in zip(self.stack, *caches, strict=True):
+            seen = [Seen(cache, *view) for cache, view in zip(groups, views, strict=True)]
+            x, route = layer.advance(x, seen)
+            routes += [] if route is None else [route]
+        return self.norm["gen"](x).unflatten(1, (draws, chunk)), routes
+
+    def place(self, und: Tensor, index: int) -> Place:
+        """The place of a group whose und tokens are (B, N - 1, W)."""
+        batch, others = und.shape[:2]
+        return Place((batch, others), index, self.rotary(torch.arange(others + 1, device=und.device)))
+
+    def _view(self, cache: KeysValues, draws: int, chunk: int) -> tuple[Rotation, Tensor]:
+        length, device = cache.keys.shape[2], cache.keys.device
+        by = self.rotary((length + torch.arange(chunk, device=device)).repeat(draws))
+        return by, draw_mask(length, draws, chunk, device)
 
 
 def draw_mask(length: int, draws: int, chunk: int, device: torch.device) -> Tensor:

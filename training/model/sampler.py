@@ -168,19 +168,34 @@ def sample_chunk(
     directions: Tensor | None = None,
     lock: Lock | None = None,
     pull: Pull | None = None,
+    slots: Tensor | None = None,
 ) -> Sampled:
     """Plain sample first, then refinements, each from its own noise and anchored on the result before it.
 
-    noise: (I, B, C, A). directions: raw, (I - 1, T, M, H), None for the expectation.
+    noise: (I, B, C, A). directions: raw, (I - 1, T, M, H), None for the expectation. slots: (A,) or (B, 1, A) bool, the
+    robot's; the others stay 0 where the network was trained so.
     """
+    noise = rest_idle(policy.config, noise, slots)
     buckets = _row_buckets(spec.flow_steps, noise, lock)
-    actions = integrate(_first_velocity(policy, cache, buckets), noise[0], spec.flow_steps, lock, pull)
+
+    def sample(velocity: StepVelocity, start: Tensor) -> Tensor:
+        def moving(x: Tensor, step: int) -> Tensor:
+            return rest_idle(policy.config, velocity(x, step), slots)
+
+        return integrate(moving, start, spec.flow_steps, lock, pull)
+
+    actions = sample(_first_velocity(policy, cache, buckets), noise[0])
     trace: list[Gated] = []
     for iteration in range(1, spec.iterations):
         drawn = None if directions is None else directions[iteration - 1]
         velocity = _gated_velocity(policy, cache, buckets, encode_anchor(policy, actions), spec, drawn, trace)
-        actions = integrate(velocity, noise[iteration], spec.flow_steps, lock, pull)
+        actions = sample(velocity, noise[iteration])
     return Sampled(actions, *_stack_trace(trace, spec, noise))
+
+
+def rest_idle(config: PolicyConfig, x: Tensor, slots: Tensor | None) -> Tensor:
+    """x (..., A) with 0 in the slots that are not the robot's, where the network was trained so; else x."""
+    return x if slots is None or config.idle_slots == "noise" else torch.where(slots, x, 0.0)
 
 
 def encode_anchor(policy: Policy, clean: Tensor) -> Tensor:
