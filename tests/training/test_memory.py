@@ -23,6 +23,7 @@ from onbeat.training.model.policy import Policy, count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 RELEASED = CONFIGS / "being_h05_2b"
+ALLOCATOR_MIB = 150  # what kernels and the allocator take on top
 SMALL = PolicyConfig(
     VisionConfig(32, 64, 1, 2, 28), DecoderConfig(StreamConfig(32, 64), StreamConfig(24, 48), 2, 2, 1, 16, 50), chunk=8
 )
@@ -83,7 +84,6 @@ def test_few_layers_tell_of_many(vocabulary: int, load: Load) -> None:
 def test_what_grows_grows() -> None:
     alone = passing_peak(SMALL, LOAD)
     assert passing_peak(SMALL, replace(LOAD, batch=8)) == pytest.approx(2 * alone, rel=0.1)
-    assert passing_peak(SMALL, replace(LOAD, draws=4)) > 1.2 * alone
     assert passing_peak(SMALL, replace(LOAD, recompute=True)) < 0.8 * alone
     routed = replace(SMALL, decoder=replace(SMALL.decoder, experts=ExpertsConfig(1, 4, 2)))
     assert passing_peak(routed, LOAD) > alone
@@ -107,11 +107,12 @@ def test_it_is_what_a_process_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
         "und_width = 192\ngen_width = 192\nund_ffn = 768\ngen_ffn = 768\nlayers = 3\n"
     )
     assert main([str(recipe), "--batch", "16", "--gpus", "1", "--measure"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    reckoned = [float(line.split()[-1].replace(",", "")) for line in told if line.split()[:1] == ["1"]]
-    measured = [float(line.split()[-2].replace(",", "")) for line in told if line.startswith("really")]
+    lines = capsys.readouterr().out.splitlines()
+    reckoned = [float(line.split()[-1].replace(",", "")) for line in lines if line.split()[:1] == ["1"]]
+    measured = [float(line.split()[-2].replace(",", "")) for line in lines if line.startswith("really")]
     assert len(reckoned) == len(measured) == 2
-    assert measured == pytest.approx(reckoned, rel=0.35, abs=30)
+    for taken, told in zip(measured, reckoned, strict=True):
+        assert 0.9 * told < taken < 1.1 * told + ALLOCATOR_MIB
 
 
 @pytest.mark.slow
