@@ -8,6 +8,7 @@ from typing import Any
 
 from onbeat.runtime.engine import PolicySpec
 from onbeat.runtime.flight.backend import backend
+from onbeat.runtime.flight.fault_bits import NAMES
 from onbeat.runtime.flight.messages import FORMAT
 from onbeat.runtime.flight.recorder import sizes_of
 from onbeat.runtime.profile.machine import MachineSampler
@@ -40,6 +41,7 @@ def make_header(
         "joints": list(robot.joints),
         "cameras": cameras,
         "sizes": sizes,
+        "faults": NAMES,
         "mode": mode,
         "policy_period_ns": robot.policy_period_ns,
         "rate_hz": robot.config.loop_rate_hz,

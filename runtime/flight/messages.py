@@ -156,6 +156,7 @@ HEADER = (
     Field("joints", "list", "", "", "names of J"),
     Field("cameras", "list", "", "", "names of V"),
     Field("sizes", "object", "", "", "what each letter is in this run"),
+    Field("faults", "list", "", "", "names of the bits of /tick's `faults` and `seen`, from bit 0"),
     Field("mode", TEXT, "", "", "how chunks join: sync, async, locked or guided"),
     Field("policy_period_ns", "number", "", "ns", "between two rows of a chunk"),
     Field("rate_hz", "number", "", "Hz", "of the control loop"),

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.flight.encoding import BadMessage, Layout, decode, decode_frame, parse_schema, split_frame
+from onbeat.runtime.flight.fault_bits import in_this_version
 from onbeat.runtime.flight.messages import CAMERA, FORMAT
 from onbeat.runtime.flight.writer import SUFFIX
 
@@ -125,6 +126,8 @@ def read_log(path: Path) -> Log:
     if found.outcome is None:
         problems.append("the run was cut short: the log has no outcome")
     records = {topic: _decode(topic, found, problems) for topic in found.layouts}
+    if "/tick" in records:
+        records["/tick"] = in_this_version(records["/tick"], found.header)
     return Log(tuple(files), found.header, tuple(found.events), found.outcome, tuple(problems), records)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from onbeat.runtime.bundle import BundleError
 from onbeat.runtime.flight.backend import backend, backend_changes
+from onbeat.runtime.flight.fault_bits import NAMES
 from onbeat.runtime.flight.messages import CHUNK
 from onbeat.runtime.flight.recorder import sizes_of
 from onbeat.runtime.policy import Policy, load_policy
@@ -102,6 +103,7 @@ def header_here(recording: Recording, options: Options) -> dict[str, Any]:
         "bundle_sha256": bundle_hash(folder),
         "versions": versions(),
         "git_commit": git_commit(),
+        "faults": NAMES,
     }
     return {**header, **made_here}
 

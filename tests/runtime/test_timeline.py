@@ -274,14 +274,14 @@ def test_a_slot_that_was_rewritten_after_it_was_found_is_not_used(
     timeline: Timeline, slot: int, monkeypatch: pytest.MonkeyPatch
 ):
     """As if the writer had come between the search and the look, which only plain Python can be made to show."""
-    look = getattr(committed_target, "py_func", committed_target)
+    look = getattr(committed_target_of, "py_func", committed_target_of)
     for k in range(3):
         put(timeline, float(k), t0_ns=k, now_ns=k)
-    assert look(timeline, 3 * PERIOD_NS, np.zeros(1))[0] == 2
+    assert look(timeline, 3, 3 * PERIOD_NS, np.zeros(1))[0] == 2
     timeline.sequence[2] += 1
-    monkeypatch.setitem(look.__globals__, "find_slot", lambda *_: slot)
+    monkeypatch.setitem(look.__globals__, "_find_slot_of", lambda *_: slot)
     at_ns = timeline.seam_ns[1] - 1 if slot == 1 else 3 * PERIOD_NS
-    assert look(timeline, at_ns, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
+    assert look(timeline, 3, at_ns, np.zeros(1)) == (EMPTY, NEVER, EMPTY, 0.0)
 
 
 class TestThreads:

@@ -63,12 +63,16 @@ def test_without_loaders_nothing_is_read_that_is_not_needed() -> None:
     assert len(source.read) == BATCH
 
 
+def read_two_epochs(feed: Feed) -> None:
+    for step in range(COUNT // BATCH * 2):
+        feed.groups(step)
+
+
 @pytest.mark.parametrize("loaders", [0, 2])
 def test_damaged_data_stops_the_step_that_needs_it(loaders: int) -> None:
     feed = feed_of(Numbers(broken=7), loaders)
     with pytest.raises(DataError, match="row 7 is damaged"):
-        for step in range(COUNT // BATCH * 2):
-            feed.groups(step)
+        read_two_epochs(feed)
 
 
 def test_a_batch_larger_than_the_data_is_all_of_it() -> None:
