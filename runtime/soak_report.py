@@ -17,7 +17,7 @@ from onbeat.runtime.robots import Robot
 from onbeat.runtime.soak_runner import Told
 from onbeat.runtime.soak_schedule import LETS_GO, OF_THE_MACHINE, TIMES, Kind
 
-MEMORY_SLACK_MB = 4.0
+MEMORY_SLACK_MB = 24.0  # steps of 16 MB were seen in runs without faults, and not their cause: docs/decisions/0023
 
 
 @dataclass(frozen=True, slots=True)

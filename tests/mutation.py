@@ -53,7 +53,7 @@ IMPORTED = ("numpy", "numba", "hypothesis.strategies", "hypothesis.extra.numpy",
 PLAIN = {"NUMBA_DISABLE_JIT": "1", "ONBEAT_PLAIN": "1"}
 SETTINGS = "_hypothesis_internal_use_settings"
 FEW_EXAMPLES = 20
-PLAIN_LIMIT_S, COMPILED_LIMIT_S = 60, 1800  # a mutant that never ends is noticed as well
+PLAIN_LIMIT_S, COMPILED_LIMIT_S = 20, 1800  # a mutant that never ends is noticed as well
 
 # What changes nothing that could be seen: the line as it was and as it became -> why.
 EQUIVALENT: dict[tuple[str, str], str] = {
