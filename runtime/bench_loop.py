@@ -50,7 +50,7 @@ from onbeat.runtime.loop import ControlLoop, compile_ahead, next_deadline
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.measures import figure, text_table
 from onbeat.runtime.profile.spread import Judgement
-from onbeat.runtime.realtime import FIFO_PRIORITY, MEASURES
+from onbeat.runtime.realtime import FIFO_PRIORITY, OF_LOOP
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import Robot, load_robot
 from onbeat.runtime.run import DEFAULT_BUNDLE
@@ -216,8 +216,8 @@ def in_thread(measure: Callable[[], T], scheduling: str) -> T:
     def work() -> None:
         try:
             if scheduling == FIFO:
-                for name in ("timer slack", "affinity", FIFO):
-                    MEASURES[name]()
+                for ask in OF_LOOP.values():
+                    ask()
             rows.append(measure())
         except BaseException as error:
             errors.append(error)

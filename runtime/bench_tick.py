@@ -25,7 +25,7 @@ from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.measures import figure, text_table
-from onbeat.runtime.realtime import prepare_real_time
+from onbeat.runtime.realtime import prepare_loop, prepare_process
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import Robot, load_robot
 from onbeat.runtime.safety import watch
@@ -106,7 +106,8 @@ def record_ticks(robot: Robot, actuators: Actuators, rate_hz: int, seconds: floa
     log = TickLog()
 
     def work() -> None:
-        prepare_real_time()
+        prepare_process()
+        prepare_loop()
         loop.run()
 
     thread = threading.Thread(target=work)

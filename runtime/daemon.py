@@ -42,7 +42,7 @@ from onbeat.runtime.mailbox import PROGRESS_WORDS, StateHistory
 from onbeat.runtime.modes import ASYNC, choose_mode
 from onbeat.runtime.policy import load_policy
 from onbeat.runtime.profile.machine import MachineSampler
-from onbeat.runtime.realtime import prepare_inference, prepare_real_time
+from onbeat.runtime.realtime import prepare_inference, prepare_loop, prepare_process
 from onbeat.runtime.robots import RELAX, Robot, build_robot, from_json
 from onbeat.runtime.safety import NO_FAULT, onsets, report, set_condition
 from onbeat.runtime.scheduler import Scheduler
@@ -166,6 +166,7 @@ class Session:
         Raises what a thread raised, or RunEnded for a fault that ended the run, after the arm was brought to rest.
         """
         compile_ahead(self.robot.limits)
+        self.real_time |= prepare_process()
         self.loop.read_first()
         self.warm_up_ns = self.scheduler.warm_up()
         if self.guard is not None:
@@ -199,7 +200,7 @@ class Session:
             self.failure.keep(RunEnded(f"{Fault(fault).name}, {ROW[Fault(fault)].cause}: read docs/faults.md"))
 
     def _run_loop(self) -> None:
-        self.real_time |= prepare_real_time()
+        self.real_time |= prepare_loop()
         self.loop.read_first()
         self.loop.run()
 

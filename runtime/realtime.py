@@ -21,13 +21,18 @@ _MCL_FUTURE: Final = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def prepare_real_time() -> dict[str, str]:
-    """Prepare the calling thread, which is to run the loop, and its process; each measure's answer by its name.
+def prepare_process() -> dict[str, str]:
+    """Prepare the process before its threads start; each measure's answer by its name.
 
-    The thread runs under SCHED_FIFO on one processor and its timers are exact. The process's memory stays in memory,
-    and what objects there are now are out of the collector's sight.
+    Its memory stays in memory, and what objects there are now are out of the collector's sight. While memory is locked
+    every thread that touches a new page waits, tens of ms for some hundred MB: so not beside an inference that counts.
     """
-    return {name: _ask(measure) for name, measure in MEASURES.items()}
+    return {name: _ask(measure) for name, measure in OF_PROCESS.items()}
+
+
+def prepare_loop() -> dict[str, str]:
+    """Prepare the calling thread, which is to run the loop: SCHED_FIFO, one processor, exact timers; the answers."""
+    return {name: _ask(measure) for name, measure in OF_LOOP.items()}
 
 
 def prepare_inference() -> str:
@@ -83,9 +88,8 @@ def _call(function: Callable[..., int], *arguments: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-MEASURES: Final[dict[str, Callable[[], None]]] = {
-    "memory lock": _lock_memory,
-    "gc.freeze": _freeze_objects,
+OF_PROCESS: Final[dict[str, Callable[[], None]]] = {"memory lock": _lock_memory, "gc.freeze": _freeze_objects}
+OF_LOOP: Final[dict[str, Callable[[], None]]] = {
     "timer slack": _make_timers_exact,
     "affinity": _stay_on_one_processor,
     "SCHED_FIFO": _run_first,

@@ -20,6 +20,7 @@ from onbeat.drivers.feetech.errors import PortLost
 from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import Frame
 from onbeat.embodiment.errors import OnbeatError
+from onbeat.runtime import realtime
 from onbeat.runtime.daemon import SPARE_BYTES, Session, loaded_modules, outcome
 from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.faults import Level
@@ -129,6 +130,31 @@ def assert_came_to_rest(run: Session) -> Log:
     assert np.abs(np.diff(speed, axis=0)).max() <= 20.0 / RATE_HZ * (1 + 1e-9)
     assert (goals[-1] == goals[-2]).all()
     return log
+
+
+def test_memory_is_locked_before_the_first_inference_and_not_beside_one(
+    log_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, order, threads = session(log_folder, seconds=0.3), list[str](), set[str]()
+    infer = run.policy.infer
+
+    def lock() -> None:
+        order.append("lock")
+        threads.add(threading.current_thread().name)
+
+    def inferring(*args, **told) -> PolicyOutput:
+        order.append("infer")
+        return infer(*args, **told)
+
+    monkeypatch.setitem(realtime.OF_PROCESS, "memory lock", lock)
+    monkeypatch.setattr(run.policy, "infer", inferring)
+    run.run()
+    assert order[0] == "lock"
+    assert order.count("lock") == 1
+    assert order.count("infer") > 2
+    assert threads == {threading.current_thread().name}
+    assert run.real_time["memory lock"] == "got"
+    log_of(run)
 
 
 def test_runs_for_its_time_and_comes_to_rest(log_folder: Path):

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from onbeat.runtime import realtime
-from onbeat.runtime.realtime import FIFO_PRIORITY, INFERENCE_PRIORITY, MEASURES, prepare_inference, prepare_real_time
+from onbeat.runtime.realtime import (
+    FIFO_PRIORITY,
+    INFERENCE_PRIORITY,
+    OF_LOOP,
+    OF_PROCESS,
+    prepare_inference,
+    prepare_loop,
+    prepare_process,
+)
 
 IS_ROOT = os.geteuid() == 0
 
@@ -34,19 +42,21 @@ def test_a_refusal_is_told_with_its_reason_and_the_others_are_asked(monkeypatch:
     def refuse() -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setitem(MEASURES, "SCHED_FIFO", refuse)
-    answers = in_thread(prepare_real_time)
+    monkeypatch.setitem(OF_PROCESS, "memory lock", refuse)
+    answers = prepare_process()
+    assert answers == {"memory lock": "not got: Operation not permitted", "gc.freeze": "got"}
+    monkeypatch.setitem(OF_LOOP, "SCHED_FIFO", refuse)
+    answers = in_thread(prepare_loop)
     assert isinstance(answers, dict)
     assert answers["SCHED_FIFO"] == "not got: Operation not permitted"
-    assert list(answers) == list(MEASURES)
-    assert answers["gc.freeze"] == "got"
+    assert list(answers) == list(OF_LOOP)
+    assert answers["timer slack"] == "got"
 
 
 def test_a_limit_on_locked_memory_is_told_and_nothing_is_locked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(realtime.os, "geteuid", lambda: 1000)
     monkeypatch.setattr(realtime.resource, "getrlimit", lambda _: (65536, 65536))
-    answers = in_thread(prepare_real_time)
-    assert isinstance(answers, dict)
+    answers = prepare_process()
     assert answers["memory lock"] == "not got: the limit is 64 KiB, it must be unlimited (`ulimit -l`)"
 
 
@@ -58,7 +68,7 @@ def test_a_call_that_fails_is_an_error():
 @pytest.mark.skipif(not IS_ROOT, reason="needs permission")
 def test_what_was_got_holds():
     def look() -> tuple[dict[str, str], int, int, int]:
-        answers = prepare_real_time()
+        answers = prepare_process() | prepare_loop()
         return answers, os.sched_getscheduler(0), os.sched_getparam(0).sched_priority, len(os.sched_getaffinity(0))
 
     answers, policy, priority, processors = in_thread(look)  # pyright: ignore[reportGeneralTypeIssues]
@@ -79,5 +89,5 @@ def test_inference_runs_below_the_loop():
 
 
 def test_the_thread_that_asks_for_nothing_stays_ordinary():
-    in_thread(prepare_real_time)
+    in_thread(prepare_loop)
     assert os.sched_getscheduler(0) == os.SCHED_OTHER

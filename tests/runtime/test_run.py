@@ -26,7 +26,7 @@ from onbeat.runtime.daemon import DaemonConfig
 from onbeat.runtime.flight.reader import read_log
 from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
-from onbeat.runtime.realtime import prepare_real_time
+from onbeat.runtime.realtime import prepare_loop
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import RobotError, apply_toml, as_json, from_json, load_robot
 from onbeat.runtime.run import RunRefused, main, new_run_folder, parse, start_daemon
@@ -230,7 +230,7 @@ class TestScripted:
             bus.enable(True)
             loop.read_first()
             start = state.measured_q.copy()
-            thread = threading.Thread(target=lambda: (prepare_real_time(), loop.run()))
+            thread = threading.Thread(target=lambda: (prepare_loop(), loop.run()))
             thread.start()
             while loop.status.ticks == 0:
                 time.sleep(0.01)
