@@ -192,7 +192,8 @@ class Scheduler:
         self._tell(plan, first_row, published_ns - started_ns)
         self._judge(plan, first_row, is_new=is_new, is_early=is_early)
         times = {"started_ns": started_ns, "inferred_ns": inferred_ns, "published_ns": published_ns}
-        self._log(Inference(observation, instruction, self._chunk_fields(plan, first_row, observed_ns, times)))
+        fields = self._chunk_fields(plan, first_row, observed_ns, times)
+        self._log(Inference(observation, instruction, fields, self.status.warning))
 
     def _tell(self, plan: Plan, first_row: int, took_ns: int) -> None:
         status = self.status

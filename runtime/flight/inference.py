@@ -9,8 +9,9 @@ from onbeat.runtime.observation import Observation
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """What it began from and what came of it. chunk: the fields of /chunk by name."""
+    """What it began from and what came of it. chunk: the fields of /chunk by name. warning: of its delay, or ""."""
 
     observation: Observation
     instruction: str
     chunk: Mapping[str, Any]
+    warning: str = ""

@@ -169,9 +169,9 @@ HEADER = (
 )
 
 EVENT = (
-    Field("t_ns", "number", "", "ns", "monotonic clock; of a fault, the tick that showed it"),
-    Field("event", TEXT, "", "", "fault, fault_cleared, level"),
-    Field("name", TEXT, "", "", "of the fault or of the level"),
+    Field("t_ns", "number", "", "ns", "monotonic clock; of a fault, the tick that showed it, else the first chunk that it holds for"),
+    Field("event", TEXT, "", "", "fault, fault_cleared, level, instruction, warning"),
+    Field("name", TEXT, "", "", "of the fault or of the level; what is asked; what is wrong with the delay, empty when nothing is"),
 )
 
 OUTCOME = (

@@ -81,6 +81,7 @@ class Recorder:
         self._synced_ns = time.monotonic_ns()
         self._last_frame_ns: dict[str, int] = {}
         self._faults, self._level = 0, int(Level.OK)
+        self._said = {"instruction": "", "warning": ""}
         compress(np.zeros((1, 1, 3), np.uint8), form)  # the first of all loads what the others need: up to a second
 
     def __enter__(self) -> "Recorder":
@@ -184,7 +185,12 @@ class Recorder:
             "instruction": told.instruction,
         }
         yield Encoded("/observation", self._log.encode("/observation", seen), observed.t_capture_ns)
-        yield Encoded("/chunk", self._log.encode("/chunk", told.chunk), int(told.chunk["published_ns"]))
+        published_ns = int(told.chunk["published_ns"])
+        yield Encoded("/chunk", self._log.encode("/chunk", told.chunk), published_ns)
+        for event, text in (("instruction", told.instruction), ("warning", told.warning)):
+            if text != self._said[event]:
+                self._said[event] = text
+                yield self._event(published_ns, event, text)
 
 
 def fault_changes(before: int, after: int) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ FANS: Final = 4  # chunks that are told apart, by their id
 SHOWN_S: Final = (-8, 2)  # of the plots, from the newest; rows of chunks lie ahead
 GOAL, MEASURED = (230, 80, 60), (60, 120, 230)
 FAN_COLORS: Final = ((170, 170, 170), (140, 180, 140), (190, 160, 200), (200, 180, 120))
-LOUD: Final = {"fault": "WARN", "fault_cleared": "INFO", "level": "INFO"}
+LOUD: Final = {"fault": "WARN", "warning": "WARN", "fault_cleared": "INFO", "level": "INFO"}
 NICE: Final = 10
 
 
@@ -169,7 +169,7 @@ class View:
         import rerun as rr
 
         self._at(t_ns)
-        text = f"{event['event'].replace('_', ' ')}: {event['name']}"
+        text = f"{event['event'].replace('_', ' ')}: {event['name'] or 'none'}"
         self._stream.log("events", rr.TextLog(text, level=LOUD.get(event["event"], "INFO")))
 
     def _show_frame(self, item: Encoded) -> None:

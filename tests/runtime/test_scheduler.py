@@ -394,6 +394,7 @@ class TestDelay:
         assert rig.scheduler.status.bound_broken == 2
         assert rig.safety.inputs.conditions[Fault.DELAY_OVER_BUDGET] == 1
         assert "execute_steps is s = 3, but a chunk comes d = 4" in rig.scheduler.status.warning
+        assert rig.told[-1].warning == rig.scheduler.status.warning
         rig.chunker.budget.counted.clear()
         rig.takes_ns = 90 * MS
         rig.now_ns += 300 * MS

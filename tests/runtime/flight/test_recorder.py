@@ -43,12 +43,14 @@ def put(ring: TickRing, *, faults: int = 0, level: Level = Level.OK) -> None:
     ring.written[0] += 1
 
 
-def inference(number: int, *, seen: tuple[int, int]) -> Inference:
+def inference(number: int, *, seen: tuple[int, int], asked: str = "lift", warning: str = "") -> Inference:
     """From frames of two cameras that were captured then."""
     frames = (Frame(t_ns, t_ns, np.full((2, 2, 3), t_ns, np.uint8)) for t_ns in seen)
-    chunk = dict.fromkeys((field.name for field in CHUNK), 0) | {"number": number, "targets_rad": np.ones((2, 2))}
+    known = {"number": number, "published_ns": number, "targets_rad": np.ones((2, 2))}
+    chunk = dict.fromkeys((field.name for field in CHUNK), 0) | known
     state = {"arm": np.array([0.5]), "gripper": np.array([0.25])}
-    return Inference(Observation(dict(zip(("top", "wrist"), frames, strict=True)), state, min(seen)), "lift", chunk)
+    views = dict(zip(("top", "wrist"), frames, strict=True))
+    return Inference(Observation(views, state, min(seen)), asked, chunk, warning)
 
 
 def finish(recorder: Recorder, ring: TickRing) -> Log:
@@ -104,6 +106,20 @@ def test_faults_and_levels_are_events_at_the_tick_that_showed_them(folder: Path,
         (3, "fault_cleared", "CHUNK_LATE"),
         (4, "fault_cleared", "CAMERA_STALE"),
         (4, "level", "OK"),
+    ]
+
+
+def test_a_new_instruction_and_a_new_warning_are_events_of_the_first_chunk_of_them(folder: Path, ring: TickRing):
+    recorder = Recorder(folder, HEADER)
+    said = [("lift", ""), ("lift", "d is 9"), ("lift", "d is 9"), ("put it down", "d is 9"), ("put it down", "")]
+    for number, (asked, warning) in enumerate(said):
+        recorder.tell(inference(number, seen=(number, number), asked=asked, warning=warning))
+    told = [(event["t_ns"], event["event"], event["name"]) for event in finish(recorder, ring).events]
+    assert told == [
+        (0, "instruction", "lift"),
+        (1, "warning", "d is 9"),
+        (3, "instruction", "put it down"),
+        (4, "warning", ""),
     ]
 
 
@@ -173,6 +189,7 @@ def test_who_watches_is_told_everything_even_when_the_disk_refuses(folder: Path,
         "/camera/wrist",
         "/observation",
         "/chunk",
+        "/event",
         "/outcome",
     ]
 

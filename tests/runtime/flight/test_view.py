@@ -52,6 +52,7 @@ def write_log(folder: Path) -> None:
             log.write_values("/chunk", chunk, 6 * S)
         log.write("/camera/top", encode_frame(np.full((4, 4, 3), 9, np.uint8), 6 * S, "top"), 6 * S)
         log.write_values("/event", {"t_ns": 6 * S, "event": "fault", "name": "CHUNK_LATE"}, 6 * S)
+        log.write_values("/event", {"t_ns": 7 * S, "event": "warning", "name": ""}, 7 * S)
         log.write_values("/outcome", {"error": None}, 7 * S)
 
 
@@ -88,7 +89,7 @@ def test_a_recording_shows_what_is_in_the_log(tmp_path: Path, capsys: pytest.Cap
     assert not any(entity.endswith("chunk3") for entity in rows), "one that was refused has no path"
     assert [value for _, value in rows["/latency/flow"]] == [4.0] * 3
     assert [value for _, value in rows["/gate/gate"]] == [0.75] * 3
-    assert rows["/events"] == [(S, "fault: CHUNK_LATE")]
+    assert rows["/events"] == [(S, "fault: CHUNK_LATE"), (2 * S, "warning: none")]
     ((at_ns, picture),) = rows["/camera/top"]
     assert at_ns == S
     frame = encode_frame(np.full((4, 4, 3), 9, np.uint8), 6 * S, "top")
