@@ -46,11 +46,12 @@ class Losses(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """flow, text, place: as in Losses. groups and what the average would do in them, (G, C, A) each."""
+    """flow, text, place: as in Losses, None where nothing held out is asked for it. groups: those that ask for actions,
+    and what the average would do in them, (G, C, A) each."""
 
-    flow: float
-    text: float
-    place: float
+    flow: float | None
+    text: float | None
+    place: float | None
     groups: Sequence[Group]
     sampled: Sequence[Tensor]
 
@@ -104,9 +105,12 @@ class Fit:
         draws = self.objective.draw(robots_of(groups), generator, jitter=0.0)
         with whole(self.average):
             asked = [self.objective.ask(group.to(self.device), draws) for group in groups]
-            means = self.objective.means(self._answer(self.average, asked), self.objective.count(asked, together=False))
-            sampled = [self.sample(part.group, generator) for part in asked]
-        return Validation(means.flow.item(), means.text.item(), means.place.item(), groups, sampled)
+            answered, counts = self._answer(self.average, asked), self.objective.count(asked, together=False)
+            acting = [group for group, part in zip(groups, asked, strict=True) if part.acts]
+            sampled = [self.sample(group, generator) for group in acting]
+        means = zip(self.objective.means(answered, counts), answered.entries, strict=True)
+        flow, text, place = (mean.item() if entries.any() else None for mean, entries in means)
+        return Validation(flow, text, place, acting, sampled)
 
     @torch.no_grad()
     def sample(self, group: Group, generator: torch.Generator) -> Tensor:

@@ -39,8 +39,9 @@ def measure_fit(fit: Fit, groups: Sequence[Group], languages: Mapping[str, Polic
     if not groups:
         return {}
     validation = fit.validate(groups)
-    figures = {"flow": validation.flow, "place": validation.place, "text": validation.text}
-    for robot, language in languages.items():
+    losses = {"flow": validation.flow, "place": validation.place, "text": validation.text}
+    figures = {name: loss for name, loss in losses.items() if loss is not None}
+    for robot, language in languages.items() if validation.groups else ():
         pairs = [_of_robot(g, s, robot) for g, s in zip(validation.groups, validation.sampled, strict=True)]
         sampled, recorded = (torch.cat(chunks) for chunks in zip(*pairs, strict=True))
         if len(sampled):

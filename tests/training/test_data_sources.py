@@ -18,7 +18,7 @@ from onbeat.embodiment.schema import load_embodiment
 from onbeat.kernels.image import resize_and_crop
 from onbeat.runtime.language import LanguageSettings, PolicyLanguage
 from onbeat.runtime.prompt import load_tokenizer
-from onbeat.training.data.catalogue import DataSettings, SourceSettings, open_catalogue, split_episodes
+from onbeat.training.data.catalogue import DataSettings, SourceSettings, open_catalogue, split
 from onbeat.training.data.columns import Columns, read_columns
 from onbeat.training.data.layout import DataError, Feature
 from onbeat.training.data.mixture import Mixture, plan_mixture
@@ -282,7 +282,7 @@ def test_a_recipes_data_become_one_mixture(tmp_path: Path, tokenizer: Any) -> No
     record(tmp_path / "arm", SO101, [6, 9, 8], 10)
     record(tmp_path / "twin", SO101, [7, 7, 9], 20)
     record(tmp_path / "hands", HAND, [20, 11], 10)
-    pictures = write_questions(tmp_path / "vl", [{"question": "?", "answer": "no"}])
+    pictures = write_questions(tmp_path / "vl", [{"question": "?", "answer": "no"}] * 5)
     kinds = {"arm": ("robot", "so101"), "twin": ("simulation", "so101"), "hands": ("human", "human_hand")}
     sources = {n: SourceSettings(str(tmp_path / n), kind, robot) for n, (kind, robot) in kinds.items()}
     sources["pictures"] = SourceSettings(str(pictures), "vision_language")
@@ -293,7 +293,8 @@ def test_a_recipes_data_become_one_mixture(tmp_path: Path, tokenizer: Any) -> No
     assert measured.merged.variant == MERGED
     languages = {n: speak(tokenizer, r, measured.variants[n]) for n, r in catalogue.robots.items()}
     fitted, held_out = catalogue.sources(languages), catalogue.held_out(languages)
-    assert [len(s) + len(h) for s, h in zip(fitted, held_out, strict=False)] == [23, 23, 31]
+    assert [len(s) + len(h) for s, h in zip(fitted, held_out, strict=True)] == [23, 23, 31, 5]
+    assert [len(held_out[-1]), held_out[-1].kind] == [2, "vision_language"]
     plan = plan_mixture(fitted, settings.proportions, batch=5)
     assert plan.simulation <= 0.3
     mixture = Mixture(fitted, plan, batch=5, seed=1)
@@ -305,12 +306,12 @@ def test_a_recipes_data_become_one_mixture(tmp_path: Path, tokenizer: Any) -> No
 
 
 def test_a_part_is_held_out_unless_there_is_only_one() -> None:
-    fitted, held_out = split_episodes(10, 0.2, seed=5)
+    fitted, held_out = split(10, 0.2, seed=5)
     assert len(held_out) == 2
     assert sorted(fitted + held_out) == list(range(10))
-    assert split_episodes(10, 0.2, seed=5)[1] == held_out
-    assert split_episodes(1, 0.2, seed=5) == ((0,), ())
-    assert split_episodes(4, 0.0, seed=5) == ((0, 1, 2, 3), ())
+    assert split(10, 0.2, seed=5)[1] == held_out
+    assert split(1, 0.2, seed=5) == ((0,), ())
+    assert split(4, 0.0, seed=5) == ((0, 1, 2, 3), ())
 
 
 def test_what_is_missing_of_a_dataset_is_named_before_anything_is_trained(tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ def mixture(tmp_path_factory) -> Path:
     questions = [
         {"images": ["grey.png"], "question": "what colour is it?", "answer": "grey"},
         {"images": [], "question": "what is two and two?", "answer": "four"},
+        {"images": ["grey.png"], "question": "is it grey?", "answer": "yes"},
+        {"images": [], "question": "is two four?", "answer": "no"},
     ]
     (folder / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
     return folder
@@ -152,6 +154,8 @@ def test_a_mixture_is_learnt_told_exported_and_verified(mixture: Path, tmp_path:
     assert rows[-1]["flow"] < 0.8 * rows[0]["flow"]
     assert rows[-1]["text"] < 0.5 * rows[0]["text"]
     assert rows[-1]["held_out_flow"] < rows[0]["held_out_flow"]
+    assert all(row["held_out_text"] > 0 for row in rows), "a question is held out"
+    assert not any("held_out_place" in row for row in rows), "no dataset tells the object's place"
     assert 0.8 < rows[-1]["balance"] < 2.0
     check_curves(tmp_path / "out" / CURVES_FOLDER)
     config = load_checkpoint(tmp_path / "out").config

@@ -83,11 +83,20 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Questions:
+    """One source without a robot. fitted, held_out: numbers of its questions."""
+
+    path: Path
+    fitted: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogue:
-    """The datasets of a run, opened. questions: settings of the sources without a robot, by name."""
+    """The datasets of a run, opened. questions: the sources without a robot. All by name."""
 
     parts: Mapping[str, Part]
-    questions: Mapping[str, SourceSettings]
+    questions: Mapping[str, Questions]
 
     @property
     def robots(self) -> dict[str, Embodiment]:
@@ -97,7 +106,7 @@ class Catalogue:
     def texts(self) -> list[str]:
         """Everything that is told or answered, for a tokenizer that is yet to be fitted."""
         tasks = [task for part in self.parts.values() for task in part.data.dataset.tasks.values()]
-        rows = [row for settings in self.questions.values() for row in read_questions(Path(settings.path))]
+        rows = [row for own in self.questions.values() for row in read_questions(own.path)]
         return list(dict.fromkeys([*tasks, *(row[key] for row in rows for key in ("question", "answer"))]))
 
     def measure(self, name: str, chunk: int) -> Measured:
@@ -108,25 +117,29 @@ class Catalogue:
     def sources(self, languages: Mapping[str, PolicyLanguage]) -> list[Source]:
         """What is trained on. languages: by embodiment; questions take the first one's views' side and tokenizer."""
         robots: list[Source] = [_source(name, p, languages, p.fitted) for name, p in self.parts.items()]
-        asked = next(iter(languages.values()))
-        return robots + [QuestionSource(Path(s.path), asked, name=name) for name, s in self.questions.items()]
+        return robots + [_asking(name, q, languages, q.fitted) for name, q in self.questions.items()]
 
     def held_out(self, languages: Mapping[str, PolicyLanguage]) -> list[Source]:
-        """What is validated on: the robots' episodes that are not fitted."""
-        return [_source(name, p, languages, p.held_out) for name, p in self.parts.items() if p.held_out]
+        """What is validated on: the robots' episodes and the questions that are not fitted."""
+        robots: list[Source] = [_source(name, p, languages, p.held_out) for name, p in self.parts.items() if p.held_out]
+        return robots + [_asking(name, q, languages, q.held_out) for name, q in self.questions.items() if q.held_out]
 
 
 def open_catalogue(settings: DataSettings, *, held_out: float, seed: int) -> Catalogue:
-    """Open every dataset and split it by episodes. held_out: the share that is not fitted. Raises DataError."""
+    """Open every source and split it, a dataset by its episodes. held_out: the share not fitted. Raises DataError."""
     robots = {name: s for name, s in settings.sources.items() if s.kind != QUESTIONS}
     if not robots:
         raise DataError("[data] names no source of a robot or a hand: give one, or there are no actions to learn")
     parts = {name: _open_part(name, own, held_out, seed) for name, own in robots.items()}
-    return Catalogue(parts, {name: s for name, s in settings.sources.items() if s.kind == QUESTIONS})
+    paths = {name: Path(s.path) for name, s in settings.sources.items() if s.kind == QUESTIONS}
+    questions = {
+        name: Questions(path, *split(len(read_questions(path)), held_out, seed)) for name, path in paths.items()
+    }
+    return Catalogue(parts, questions)
 
 
-def split_episodes(count: int, held_out: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(fitted, held out) of so many episodes, drawn by `seed`; at least one of each, but all of one are fitted."""
+def split(count: int, held_out: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(fitted, held out) of so many episodes or questions, drawn by `seed`; at least one of each, but one is fitted."""
     aside = min(max(1, round(held_out * count)), count - 1) if held_out > 0 else 0
     order = np.random.default_rng(seed).permutation(count).tolist()
     return tuple(sorted(order[aside:])), tuple(sorted(order[:aside]))
@@ -142,7 +155,7 @@ def _open_part(name: str, settings: SourceSettings, held_out: float, seed: int) 
     where = settings.columns or f"[data.sources.{name}]"
     columns = read_columns(_read_toml(settings.columns), robot, robot.views, dataset.info.features, where)
     data = RobotData(dataset, robot, columns)
-    return Part(settings, data, *split_episodes(len(dataset.episodes), held_out, seed))
+    return Part(settings, data, *split(len(dataset.episodes), held_out, seed))
 
 
 def _source(name: str, part: Part, languages: Mapping[str, PolicyLanguage], episodes: Sequence[int]) -> RobotSource:
@@ -157,6 +170,10 @@ def _source(name: str, part: Part, languages: Mapping[str, PolicyLanguage], epis
         holds_at_end=own.holds_at_end,
         in_memory=own.in_memory,
     )
+
+
+def _asking(name: str, own: Questions, languages: Mapping[str, PolicyLanguage], rows: Sequence[int]) -> QuestionSource:
+    return QuestionSource(own.path, next(iter(languages.values())), name=name, rows=rows)
 
 
 def _read_toml(path: str) -> dict[str, Any]:

@@ -126,14 +126,18 @@ class QuestionSource:
         {"images": ["kitchen.png"], "question": "what is on the table?", "answer": "a red cube"}
 
     images: paths from the file's folder, any number of them. There is no robot: state and actions are 0, none counts.
+    rows: the numbers of the questions that are asked; all by default.
     """
 
     kind: Kind = "vision_language"
     embodiment = "none"
 
-    def __init__(self, path: Path, language: PolicyLanguage, *, name: str | None = None) -> None:
+    def __init__(
+        self, path: Path, language: PolicyLanguage, *, name: str | None = None, rows: Sequence[int] | None = None
+    ) -> None:
         self.path, self.language, self.name = path, language, name or path.stem
-        self._rows = read_questions(path)
+        self._questions = read_questions(path)
+        self._rows = tuple(range(len(self._questions)) if rows is None else rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -145,10 +149,11 @@ class QuestionSource:
 
     def sample(self, index: int, generator: np.random.Generator) -> Sample:  # noqa: ARG002 (a Source's signature)
         """Question `index`. Raises DataError for an image that cannot be read."""
-        row, chunk = self._rows[index], self.language.settings.chunk
+        number, chunk = self._rows[index], self.language.settings.chunk
+        row = self._questions[number]
         answer = tokenize(self.language.tokenizer, row["answer"]) + tokenize(self.language.tokenizer, TURN_END)
         return Sample(
-            frames=self._frames(row["images"], f"{self.path} row {index}"),
+            frames=self._frames(row["images"], f"{self.path} row {number}"),
             state=np.zeros(UNIFIED_DIM, np.float32),
             actions=np.zeros((chunk, UNIFIED_DIM), np.float32),
             valid=np.zeros((chunk, UNIFIED_DIM), bool),
