@@ -1,15 +1,13 @@
 """How fast a run trains, what of the machine's matrix products that uses, and where the rest goes."""
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -17,8 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from onbeat.training.batch import Group
 from onbeat.training.feed import Feed
 from onbeat.training.fit import Fit
-from onbeat.training.prepare import prepare, start_fit
-from onbeat.training.recipe import load_recipe
 
 BIG = 1536  # side of a matrix product large enough to show the machine's peak
 REPEATS = 5
@@ -79,17 +75,15 @@ def measure(fit: Fit, steps: int = 6) -> Throughput:
     fit.advance()
     flops, shapes = count_step(fit.advance)
     fit.feed = timed = TimedFeed(fit.feed)
-    began = time.perf_counter()
-    for _ in range(steps):
-        fit.advance()
-    step_s = (time.perf_counter() - began) / steps
+    step_s = _timed(lambda: [fit.advance() for _ in range(steps)]) / steps
     waited = timed.waited_s / steps
+    like = torch.empty(0, device=fit.device, dtype=getattr(torch, fit.fitting.precision))
     return Throughput(
         step_s,
         sum(len(group) for group in timed.last),
         flops,
-        sum(count * product_s(shape) for shape, count in shapes.items()),
-        2 * BIG**3 / product_s((BIG, BIG, BIG)) / GIGA,
+        sum(count * product_s(shape, like) for shape, count in shapes.items()),
+        2 * BIG**3 / product_s((BIG, BIG, BIG), like) / GIGA,
         shares_of_time(fit.advance, waited / step_s),
     )
 
@@ -154,11 +148,11 @@ CPU_ATTENTION = {
 }
 
 
-def product_s(shape: Shape) -> float:
-    """Seconds of one matrix product of this size, the best of a few."""
+def product_s(shape: Shape, like: Tensor) -> float:
+    """Seconds of one matrix product of this size, the best of a few. like: of what type and where."""
     rows, inner, columns = shape
-    left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-    out = torch.empty(rows, columns)
+    left, right = (torch.randn_like(like.new_empty(size)) for size in ((rows, inner), (inner, columns)))
+    out = like.new_empty(rows, columns)
     return min(_timed(lambda: torch.mm(left, right, out=out)) for _ in range(REPEATS))
 
 
@@ -171,14 +165,19 @@ class Operation(Protocol):
     def cpu_parent(self) -> "Operation | None": ...
 
 
+# On a GPU the time of an operation is that of its kernels.
+TRACED = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+SPENT = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+
+
 def shares_of_time(step: Callable[[], object], waiting: float) -> dict[str, float]:
     """What each kind of operation takes of a step, by itself. waiting: the share that went to waiting for data."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=TRACED) as profiler:
         whole_us = _timed(step) * 1e6
     spent: Counter[str] = Counter()
     for event in profiler.events() or ():
         if event.name.startswith(("aten::", "Optimizer.step")):
-            spent[kind_of(event)] += event.self_cpu_time_total
+            spent[kind_of(event)] += getattr(event, SPENT)
     shares = {kind: (1 - waiting) * spent[kind] / whole_us for kind in (*KINDS, OTHER)}
     return {**shares, WAITING: waiting, PYTHON: max(0.0, 1 - waiting - sum(shares.values()))}
 
@@ -193,33 +192,9 @@ def kind_of(event: Operation) -> str:
 
 
 def _timed(run: Callable[[], object]) -> float:
+    """Seconds, all kernels that it started ended."""
     began = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print how fast a recipe trains here; returns the exit code."""
-    options = _parser().parse_args(argv)
-    recipe = load_recipe(options.recipe)
-    torch.set_num_threads(recipe.fitting.threads)
-    with TemporaryDirectory() as scratch:
-        fit = start_fit(recipe, prepare(recipe, options.data, Path(scratch)))
-        print("\n".join(measure(fit, options.steps).lines()))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m onbeat.training.throughput",
-        description="Samples per second, share of the machine's peak, and where the rest goes. Writes nothing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("recipe", type=Path, help="TOML file")
-    parser.add_argument("--data", type=Path, default=Path("out/demonstrations"), help="folder of demonstrations")
-    parser.add_argument("--steps", type=int, default=6, help="steps that are timed")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

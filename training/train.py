@@ -23,7 +23,8 @@ from onbeat.training.model.policy import count_parameters
 from onbeat.training.parallel import joined, rank, world
 from onbeat.training.plan import plan_lines, rehearse
 from onbeat.training.prepare import Prepared, prepare, start_fit
-from onbeat.training.recipe import Recipe, load_recipe
+from onbeat.training.recipe import Recipe, RecipeError, load_recipe
+from onbeat.training.throughput import measure
 from onbeat.training.validation import held_out_groups, measure_fit
 
 
@@ -33,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = load_recipe(options.recipe)
     torch.set_num_threads(recipe.fitting.threads)
     with joined():
-        told = plan(recipe, options.data, options.out) if options.dry_run else train(recipe, options)
+        rehearsed = options.dry_run or options.profile
+        told = plan(recipe, options) if rehearsed else train(recipe, options)
         first = rank() == 0
     if options.json and first:
         print(json.dumps({"recipe": recipe.describe(), **told}))
-    return 0 if options.dry_run or told["step"] == recipe.fitting.steps else 1
+    return 0 if rehearsed or told["step"] == recipe.fitting.steps else 1
 
 
 def train(recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
@@ -64,15 +66,29 @@ def own_folder(out: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def plan(recipe: Recipe, data: Path, out: Path) -> dict[str, object]:
-    """Read and check everything, take a few steps to see how long they are, write nothing."""
+def plan(recipe: Recipe, options: argparse.Namespace) -> dict[str, object]:
+    """Read and check everything, take a few steps to see how long they are, write nothing.
+
+    profile: tell what of the machine they use, too, and where the rest goes.
+    """
+    if options.profile and world() > 1:
+        raise RecipeError("--profile looks at one process: run it without torchrun")
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(recipe, data, Path(scratch))
+        prepared = prepare(recipe, options.data, Path(scratch))
         fit = start_fit(recipe, prepared)
         tried = rehearse(fit, prepared)
-        _tell(plan_lines(fit, prepared, out, tried))
+        _tell(plan_lines(fit, prepared, options.out, tried))
+        profiled = _profile(fit) if options.profile else {}
     memory_mib = round(tried.memory.total / MIB, 1)
-    return {"step": 0, "parameters": count_parameters(fit.policy), "step_s": tried.step_s, "memory_mib": memory_mib}
+    figures = {"parameters": count_parameters(fit.policy), "step_s": tried.step_s, "memory_mib": memory_mib}
+    return {"step": 0, **figures, **profiled}
+
+
+def _profile(fit: Fit) -> dict[str, object]:
+    measured = measure(fit)
+    _tell(["", *measured.lines()])
+    peak_share = measured.gflops / measured.big_gflops
+    return {"samples_per_s": measured.samples_per_s, "peak_share": peak_share, "shares_of_time": measured.shares}
 
 
 def run(fit: Fit, prepared: Prepared, out: Path) -> None:
@@ -157,7 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="read and check, tell plan, memory and time of a step, write nothing"
     )
-    parser.add_argument("--json", action="store_true", help="print recipe and held-out losses as JSON on stdout")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="as --dry-run, and tell the share of the machine's peak that a step reaches and where the rest goes",
+    )
+    parser.add_argument("--json", action="store_true", help="print recipe and figures as JSON on stdout")
     return parser
 
 

@@ -1,5 +1,6 @@
 """Operations by formula and as PyTorch counts them, and what is told of a run's speed."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,18 +9,30 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from onbeat.cli import main as onbeat
 from onbeat.training.config import DecoderConfig, ExpertsConfig, PolicyConfig, StreamConfig, VisionConfig
 from onbeat.training.flops import count_flops
 from onbeat.training.model.policy import Policy, Prefix
-from onbeat.training.prepare import prepare, start_fit
 from onbeat.training.random_checkpoint import random_policy
-from onbeat.training.recipe import Recipe
-from onbeat.training.throughput import CPU_ATTENTION, PYTHON, WAITING, Products, count_step, kind_of, measure
+from onbeat.training.throughput import CPU_ATTENTION, PYTHON, WAITING, Products, count_step, kind_of, product_s
 
 DECODER = DecoderConfig(StreamConfig(24, 32), StreamConfig(16, 40), 3, 4, 2, 8, 40)
 CONFIG = PolicyConfig(VisionConfig(16, 32, 2, 2, 56, select_layer=-2), DECODER, chunk=5)
 ROUTED = ExpertsConfig(1, 4, 2, "observation")
 VIEWS, DRAWS, WORDS = 2, 3, 7
+RECIPE = """
+embodiment = "so101"
+dataset = "tiny"
+seed = 1
+[network]
+image_size = 28
+layers = 1
+vision_layers = 1
+[fitting]
+batch = 8
+draws = 1
+threads = 1
+"""
 
 
 def counted(policy: Policy) -> tuple[int, int]:
@@ -75,15 +88,30 @@ def test_an_operation_is_of_the_kind_of_what_it_is_part_of() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_told_of(tiny_recipe: Recipe, demonstrations: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    fit = start_fit(tiny_recipe, prepare(tiny_recipe, demonstrations, tmp_path))
-    told = measure(fit, steps=2)
-    assert told.samples == tiny_recipe.fitting.batch
-    assert sum(told.shares.values()) == pytest.approx(1, abs=0.05)
-    assert told.shares["matrix products"] > 0
-    assert told.shares["optimiser"] > 0
-    assert 0 < told.shares[WAITING] < 1
-    assert told.shares[PYTHON] >= 0
-    assert told.gflops < told.big_gflops
-    assert "samples/s" in told.lines()[0]
+def test_a_run_is_told_of(demonstrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = tmp_path / "tiny.toml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    command = ["train", str(recipe), "--data", str(demonstrations), "--out", str(out), "--profile", "--json"]
+    assert onbeat(command) == 0
+    figures, lines = capsys.readouterr()
+    told = json.loads(figures)
+    shares = told["shares_of_time"]
+    assert sum(shares.values()) == pytest.approx(1, abs=0.05)
+    assert shares["matrix products"] > 0
+    assert shares["optimiser"] > 0
+    assert 0 < shares[WAITING] < 1
+    assert shares[PYTHON] >= 0
+    assert 0 < told["peak_share"] < 1
+    assert told["samples_per_s"] > 0
+    assert "samples/s" in lines
+    assert "of what a product of" in lines
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_product_is_timed_in_the_type_it_has_in_the_run(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a.dtype) or product(a, b, out=out))
+    assert product_s((8, 4, 2), torch.empty(0, dtype=kind)) > 0
+    assert set(seen) == {kind}
