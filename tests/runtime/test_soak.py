@@ -2,7 +2,8 @@
 
 import itertools
 import json
-import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -91,9 +92,21 @@ def test_each_figure_that_is_wrong_is_a_problem(part: str, value: dict, complain
     assert complaint in problem
 
 
+ALLOCATES = "print(flush=True); input(); kept = b'x' * 40_000_000; print(flush=True); input()"
+
+
 def test_memory_of_a_process_is_what_it_allocated():
-    before_mb, kept = memory_mb(os.getpid()), b"x" * 40_000_000
-    assert memory_mb(os.getpid()) - before_mb == pytest.approx(len(kept) / 2**20, abs=8)
+    command = [sys.executable, "-c", ALLOCATES]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        before_mb = memory_mb(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert memory_mb(process.pid) - before_mb == pytest.approx(40_000_000 / 2**20, abs=8)
+        process.stdin.write("\n")
     assert memory_mb(2**22 + 1) == 0.0, "there is no such process"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from onbeat.runtime.delay import executed_steps
 from onbeat.runtime.prompt import SYSTEM_MESSAGES
-from onbeat.runtime.timeline import new_timeline
+from onbeat.runtime.timeline import NEVER
 from onbeat.training.config import ConfigError, DelayConfig, ExpertsConfig, RobotDelay, VisionConfig
 from onbeat.training.config_file import load_config, parse_config, save_config, write_config
 from onbeat.training.random_checkpoint import random_config
@@ -104,7 +104,7 @@ def test_delays_are_those_of_the_embodiment_and_else_the_published_ones() -> Non
 
 @pytest.mark.parametrize("latency", [0.0, 30.0, 49.9, 50.0, 99.0, 100.0, 149.9])
 def test_a_latency_counts_as_many_rows_as_the_runtime_would(latency: float) -> None:
-    rows = executed_steps(new_timeline(1, 1), t0_ns=0, period_ns=50_000_000, now_ns=round(latency * 1e6))
+    rows = executed_steps(NEVER, t0_ns=0, period_ns=50_000_000, now_ns=round(latency * 1e6))
     weights = RobotDelay(50.0, latencies=((latency, 1.0),)).weights(8)
     assert weights.index(1.0) == rows
 

@@ -33,7 +33,7 @@ def quaternion() -> np.ndarray:
 
 
 def raw_observation(simulator: Simulator) -> dict[str, Any]:
-    raw: dict[str, Any] = {key: RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8) for key in simulator.views.values()}
+    raw: dict[str, Any] = {key: RNG.integers(0, 256, (10, 12, 3), dtype=np.uint8) for key in simulator.views.values()}
     sizes = {key.name: key.size for key in simulator.robot.state}
     for name, part in simulator.state.items():
         raw[part.key] = quaternion() if part.key.endswith("quat") else RNG.normal(size=sizes[name])
@@ -126,7 +126,7 @@ def test_what_is_missing_or_odd_is_named(simulator: Simulator) -> None:
         with pytest.raises(SimulatorError, match=f"has no '{key}'"):
             observe(simulator, {k: v for k, v in raw.items() if k != key}, 0)
     with pytest.raises(SimulatorError, match=r"not \(H, W, 3\) uint8"):
-        observe(simulator, {**raw, "robot0_eye_in_hand_image": np.zeros((6, 8, 3))}, 0)
+        observe(simulator, {**raw, "robot0_eye_in_hand_image": np.zeros((10, 12, 3))}, 0)
     with pytest.raises(SimulatorError, match=r"'eef_position' is unknown to .* or missing"):
         command_rows(simulator, {key.name: np.zeros((1, key.size)) for key in simulator.robot.action[1:]})
 

@@ -18,7 +18,7 @@ from onbeat.training.model.experts import balance_loss
 from onbeat.training.model.policy import Policy, Prefix
 from onbeat.training.random_checkpoint import random_policy
 
-EARLY, LATER, STEPS = 5, 8, 20
+EARLY, LATER, STEPS = 5, 7, 20
 VOCABULARY, CHUNK, DRAWS, LIMIT, RATE = 40, 4, 2, 0.5, 3e-4
 GROUPS = ((1, 2, 3), (2, 1, 5), (1, 1, 9), (1, 2, 6))  # observations, views, words: 5 in all, so 3 for one process
 MISTAKES = ("local-count", "local-norm", "untouched-moves")
@@ -34,22 +34,24 @@ class Step(NamedTuple):
     counted: Tensor
 
 
-def config() -> PolicyConfig:
-    """Experts, gate, adapters, small. Its vision has no key bias, whose gradient is nothing but rounding."""
+def config(*, key_bias: bool = False) -> PolicyConfig:
+    """Experts, gate, adapters, small. key_bias: of the vision tower, whose gradient is nothing but rounding."""
     experts = ExpertsConfig(1, 5, 1, "observation")
     decoder = DecoderConfig(StreamConfig(24, 32), StreamConfig(16, 24), 3, 4, 2, 8, VOCABULARY, experts=experts)
-    vision = VisionConfig(16, 32, 2, 2, 28, qkv_bias=False)
+    vision = VisionConfig(16, 32, 2, 2, 28, qkv_bias=key_bias)
     return PolicyConfig(vision, decoder, chunk=CHUNK, gate=GateConfig(True), adapters=True)
 
 
-def step_of(config: PolicyConfig, number: int) -> Step:
+def step_of(config: PolicyConfig, number: int, dtype: torch.dtype = torch.float32) -> Step:
     generator = torch.Generator().manual_seed(number)
     prefixes = [prefix for sizes in GROUPS for prefix in random_prefixes(config, *sizes, generator)]
     shape = len(prefixes), DRAWS, CHUNK, 200
-    noisy, target = torch.randn(2, *shape, generator=generator)
+    noisy, target = torch.randn(2, *shape, generator=generator).to(dtype)
     share = torch.linspace(0.05, 0.9, len(prefixes))[:, None, None, None]
     counted = torch.rand(shape, generator=generator) < share
-    return Step(prefixes, noisy, torch.randint(0, 1001, shape[:3], generator=generator), target, counted)
+    bucket = torch.randint(0, 1001, shape[:3], generator=generator)
+    prefixes = [p._replace(pixel_values=p.pixel_values.to(dtype), state=p.state.to(dtype)) for p in prefixes]
+    return Step(prefixes, noisy, bucket, target, counted)
 
 
 def random_prefixes(
@@ -73,6 +75,7 @@ class Run:
 
     def __init__(self, policy: Policy, mistake: str | None = None) -> None:
         self.policy, self.mistake, self.losses = policy, mistake, list[list[float]]()
+        self.dtype = next(policy.parameters()).dtype
         self.policy.vit_model.embeddings.requires_grad_(False)
         self.policy.language_model.layers[0].requires_grad_(False)
         self.average = copy.deepcopy(policy).requires_grad_(False)
@@ -146,7 +149,7 @@ class Run:
 
 def run_steps(run: Run, numbers: Sequence[int]) -> Run:
     for number in numbers:
-        run.advance(step_of(run.policy.config, number))
+        run.advance(step_of(run.policy.config, number, run.dtype))
     return run
 
 
@@ -159,6 +162,11 @@ def write(run: Run, out: Path, name: str) -> None:
 
 def fresh(mistake: str | None = None) -> Run:
     return Run(random_policy(config(), seed=2), mistake)
+
+
+def precise(out: Path) -> None:
+    """All steps with a key bias in the vision tower, in float64, where rounding makes no step."""
+    write(run_steps(Run(random_policy(config(key_bias=True), seed=2).double()), range(STEPS)), out, "precise")
 
 
 def straight(out: Path) -> None:
@@ -192,6 +200,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with parallel.joined():
         straight(options.out)
+        precise(options.out)
         write(resumed(options.source, shares=True), options.out, "from-shares")
         write(resumed(options.source, shares=False), options.out, "from-gathered")
         for mistake in MISTAKES:
