@@ -123,8 +123,8 @@ def delays_on_the_wire(folder: Path, run: RunRecords) -> dict[int, int]:
     for chunk in run.chunks:
         if chunk.chunk_id < 1:
             continue
-        begins_ns, ends_ns = (chunk.published_ns + k * run.policy_period_ns for k in (-1, 2))
+        ends_ns = chunk.published_ns + 2 * run.policy_period_ns
         after = leaves_ns[(leaves_ns > chunk.published_ns) & (leaves_ns < ends_ns)]
-        if len(after) and not ((gaps_ns > begins_ns) & (gaps_ns < ends_ns)).any():
+        if len(after) and not ((gaps_ns > chunk.observed_ns) & (gaps_ns < ends_ns)).any():
             found[chunk.chunk_id] = int(after[0] - chunk.observed_ns) // run.policy_period_ns + 1
     return found
