@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.runtime import chart
-from onbeat.runtime.measures import figure, histogram
+from onbeat.runtime.measures import figure, histogram, percentile
 from onbeat.runtime.run_records import ChunkRecord, RunRecords
 from onbeat.runtime.summary import LATENCY_HEADS, STAGES, Stage, latency_cells
 
@@ -116,10 +116,19 @@ def _stage_histogram(name: str, samples_ns: NDArray[np.int64]) -> str:
         chart.grid(axes, x_label="ms", y_label="count", x_ticks=5, y_ticks=3),
         chart.bars(axes, bins.edges.tolist(), bins.counts.tolist(), "ink a"),
         chart.marker(axes, p50, "mark", f"p50 {figure(p50, digits)}", before=is_close or None),
-        chart.marker(axes, p99, "mark", f"p99 {figure(p99, digits)}", depth=1),
+        _tail_marker(axes, samples, digits),
         title=f"histogram of {name}",
     )
     return captioned(name, f"max {samples.max():.{digits}f} ms", drawing)
+
+
+def _tail_marker(axes: chart.Axes, samples_ms: NDArray[np.float64], digits: int) -> str:
+    """At the 99th percentile, or at the 95th where so few samples tell no more; "" where they do not tell that."""
+    for percent in (99, 95):
+        tail = percentile(samples_ms, percent)
+        if tail is not None:
+            return chart.marker(axes, tail, "mark", f"p{percent} {figure(tail, digits)}", depth=1)
+    return ""
 
 
 def lateness_over_time(run: RunRecords, duration_s: float, marks: Sequence[str] = ()) -> str:
@@ -185,8 +194,8 @@ def executed_rows(run: RunRecords) -> set[tuple[int, int]]:
 
 
 def _age_ns(run: RunRecords, chunk: ChunkRecord, k: int) -> int:
-    """How old the observation behind row k is when the row is due."""
-    return chunk.t0_ns + k * run.policy_period_ns - chunk.observed_ns
+    """How old the observation behind row k gets while the row is in force."""
+    return chunk.t0_ns + (k + 1) * run.policy_period_ns - chunk.observed_ns
 
 
 def _lane(
@@ -218,7 +227,7 @@ def _row(
     end = start + 0.94 * run.policy_period_ns / 1e9
     age_ns = _age_ns(run, chunk, k)
     if (chunk.chunk_id, k) in executed:
-        css, state = _shade(age_ns, oldest_ns), f"executed, {age_ns / 1e6:.0f} ms old"
+        css, state = _shade(age_ns, oldest_ns), f"executed, up to {age_ns / 1e6:.0f} ms old"
     else:
         css, state = ("ink lock", "locked") if k < chunk.delay else ("ink wash", "not executed")
     words = f"chunk {chunk.chunk_id}, row {k}: {state}"

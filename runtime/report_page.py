@@ -126,7 +126,8 @@ def _timeline(_: Report, run: RunRecords) -> str:
 def _latency(report: Report, run: RunRecords) -> str:
     return section(
         "Latency, stage by stage",
-        "Dashed lines: p50 and p99. What lies beyond the right edge is in the last bar. A dash: too few samples.",
+        "Dashed lines: p50 and p99, or p95 where samples are few. What lies beyond the right edge is in the last bar. "
+        "A dash: too few samples.",
         latency_table(report["stages"]),
         "<br>",
         stage_histograms(stage_samples(run)),

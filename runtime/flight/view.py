@@ -239,7 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check_target(options.to)
     problems, layouts = list[str](), dict[str, Layout]()
-    shown = show_all(logged(options.log, problems, layouts), options.to, layouts)
+    try:
+        shown = show_all(logged(options.log, problems, layouts), options.to, layouts)
+    except ViewRefused as refusal:
+        raise ViewRefused("; ".join((str(refusal), *problems))) from None
     if options.is_json:
         print(json.dumps({"shown": shown, "problems": problems}))
         return 0

@@ -89,9 +89,8 @@ def show_profile(log: Path, options: ProfileOptions) -> None:
         if options.trace is not None:
             write_trace(run, options.trace)
     except OSError as refusal:
-        raise ProfileRefused(
-            f"{refusal.filename} cannot be written ({refusal.strerror}): name a folder with --into"
-        ) from None
+        what = "another file with --trace" if refusal.filename == str(options.trace) else "a folder with --into"
+        raise ProfileRefused(f"{refusal.filename} cannot be written ({refusal.strerror}): name {what}") from None
     if options.is_json:
         print(json.dumps(profile))
     else:

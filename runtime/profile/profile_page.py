@@ -42,7 +42,7 @@ def _tiles(profile: Profile) -> list[str]:
     budget = max((int(steps) for steps in profile["delay_budget"]), default=None)
     return [
         page.tile(
-            figure(command["p50_ms"], 0), "ms", "frame to command, p50", f"p99 {figure(command['p99_ms'], 0)} ms"
+            figure(command["p50_ms"], 0), "ms", "frame to command, p50", f"max {figure(command['max_ms'], 0)} ms"
         ),
         page.tile(figure(inference["p50_ms"], 1), "ms", "inference, p50", _by_itself(inference)),
         page.tile(figure(late["p99_ms"], 3), "ms", "tick lateness, p99", f"max {figure(late['max_ms'], 2)} ms"),
@@ -159,7 +159,7 @@ def _log(value_ms: float) -> float:
 
 
 def _histograms(profile: Profile, run: RunRecords) -> str:
-    words = "Dashed lines: p50 and p99. What lies beyond the right edge is in the last bar."
+    words = "Dashed lines: p50 and p99, or p95 where samples are few. What lies beyond the right edge is in the last bar."
     drawings = page.stage_histograms(stage_samples(after_start(run)))
     return page.section("How the times are spread", words, drawings, under(profile))
 

@@ -199,10 +199,18 @@ def test_page_says_why_a_run_ended_early():
     assert "ended early: servo 3 did not reply" in report_page.render(summarise(run), run)
 
 
+def test_a_histogram_marks_no_percentile_that_its_samples_cannot_tell():
+    def marks(n: int) -> set[str]:
+        drawing = report_page.stage_histograms({"inference": np.arange(1, n + 1) * MS})
+        return set(re.findall(r"p\d\d ", drawing))
+
+    assert [marks(n) for n in (20, 100, 101)] == [{"p50 "}, {"p50 ", "p95 "}, {"p50 ", "p99 "}]
+
+
 def test_timeline_shows_executed_and_locked_rows_of_the_middle():
     run = small_run()
     html = report_page.render(summarise(run), run)
-    assert "chunk 9, row 1: executed, 100 ms old" in html
+    assert "chunk 9, row 1: executed, up to 200 ms old" in html
     assert "chunk 9, row 0: locked" in html
     assert "chunk 9, row 7: not executed" in html
     assert "chunk 0, row 1" not in html

@@ -274,15 +274,17 @@ def test_files_that_cannot_be_written_are_told(run_of: RunOf, tmp_path: Path, ca
     (tmp_path / "taken").write_text("")
     assert profile.main([str(tmp_path), "--into", str(tmp_path / "taken")]) == 1
     assert "--into" in capsys.readouterr().err
+    assert profile.main([str(tmp_path), "--trace", str(tmp_path / "nowhere" / "t")]) == 1
+    assert "No such file or directory): name another file with --trace" in capsys.readouterr().err
     assert issubclass(profile.ProfileRefused, OnbeatError)
 
 
 @pytest.mark.slow
 def test_a_live_run_of_the_twin_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert profile.main(["--live", "--seconds", "4", "--json", "--out", str(tmp_path)]) == 0
+    assert profile.main(["--live", "--seconds", "2.5", "--json", "--out", str(tmp_path)]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["ticks"] > 300
-    assert figures["stages"]["frame to command"]["n"] > 10
+    assert figures["ticks"] > 200
+    assert figures["stages"]["frame to command"]["n"] > 5
     assert figures["threads"]["inference"]["cpu_share"] > 0
     assert len(figures["cold"]["warm_up_ms"]) == 2
     (folder,) = tmp_path.iterdir()
