@@ -169,9 +169,9 @@ HEADER = (
 )
 
 EVENT = (
-    Field("t_ns", "number", "", "ns", "monotonic clock; of a fault, the tick that showed it, else the first chunk that it holds for"),
+    Field("t_ns", "number", "", "ns", "monotonic clock: the tick that showed it, or the first chunk of that kind"),
     Field("event", TEXT, "", "", "fault, fault_cleared, level, instruction, warning"),
-    Field("name", TEXT, "", "", "of the fault or of the level; what is asked; what is wrong with the delay, empty when nothing is"),
+    Field("name", TEXT, "", "", "of the fault or level; the instruction; what is wrong with the delay, or empty"),
 )
 
 OUTCOME = (

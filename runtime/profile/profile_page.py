@@ -159,7 +159,7 @@ def _log(value_ms: float) -> float:
 
 
 def _histograms(profile: Profile, run: RunRecords) -> str:
-    words = "Dashed lines: p50 and p99, or p95 where samples are few. What lies beyond the right edge is in the last bar."
+    words = "Dashed: p50 and p99, or p95 where samples are few. What lies beyond the right edge is in the last bar."
     drawings = page.stage_histograms(stage_samples(after_start(run)))
     return page.section("How the times are spread", words, drawings, under(profile))
 

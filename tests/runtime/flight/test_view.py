@@ -108,7 +108,7 @@ def test_rerun_opens_the_log_itself(tmp_path: Path):
 
 def test_a_log_that_does_not_begin_shows_nothing(tmp_path: Path):
     (tmp_path / "000000.mcap").write_bytes(b"\x89MCAP0\r\n")
-    with pytest.raises(view.ViewRefused, match="no header.*000000.mcap is cut off after 8 bytes"):
+    with pytest.raises(view.ViewRefused, match=r"no header.*000000\.mcap is cut off after 8 bytes"):
         view.main([str(tmp_path), "--to", str(tmp_path / "run.rrd")])
 
 
