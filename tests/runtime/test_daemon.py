@@ -232,7 +232,7 @@ def test_a_disk_that_is_really_full_ends_the_run_by_name(small_disk: Path):
     with pytest.raises(OnbeatError, match="DISK_FULL"):
         run.run()
     filling.join()
-    assert shutil.disk_usage(small_disk).free == 0
+    assert shutil.disk_usage(small_disk).free < 10_000_000  # what the log gave back
     assert 0.5 <= run.status()["t_s"] <= 20
     assert (run.state.command_v == 0).all()
     assert len(log_of(run).records("/tick")) > 0  # what fitted in can be read
