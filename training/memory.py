@@ -204,7 +204,7 @@ def measured_peak(config: PolicyConfig, load: Load) -> int:
     return _resident("VmHWM") - before
 
 
-def take_steps(config: PolicyConfig, load: Load, steps: int = 3) -> tuple[Policy, float]:
+def take_steps(config: PolicyConfig, load: Load, steps: int = 2) -> tuple[Policy, float]:
     """A policy after some optimiser steps on nothing, the first of which makes the moments, and the last loss."""
     policy, loss = create_policy(config, seed=0), torch.zeros(())
     average = copy.deepcopy(policy).requires_grad_(False)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from onbeat.training.model.decoder import Layer as DecoderLayer
 from onbeat.training.model.experts import Experts
 from onbeat.training.model.policy import Policy
 from onbeat.training.model.vision import Layer as VisionLayer
+
+Part = TypeVar("Part")
 
 # What is gathered, used and let go as one, and by which methods besides `forward` it is called from outside. None
 # of them calls another: FSDP2 would let go of the whole too early. The policy's own weights stay until the way back.
@@ -84,6 +87,15 @@ def global_sum(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def everyones(own: Part) -> list[Part]:
+    """What each process has, by rank; all must call it. For small things that are told."""
+    if not dist.is_initialized():
+        return [own]
+    parts = [own] * world()
+    dist.all_gather_object(parts, own)
+    return parts
 
 
 def shard(module: nn.Module, compute: torch.dtype | None = None) -> None:

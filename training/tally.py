@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onbeat.training.objective import Answered
+from onbeat.training.parallel import everyones
 
 
 @dataclass(slots=True)
@@ -22,9 +23,18 @@ class Share:
     entropy: float = 0.0
     use: Tensor | None = None
 
+    def add(self, other: "Share") -> None:
+        """Count another's sums in."""
+        self.error += other.error
+        self.counted += other.counted
+        self.observations += other.observations
+        self.entropy += other.entropy
+        if other.use is not None:
+            self.use = other.use if self.use is None else self.use + other.use
+
 
 class Tally:
-    """Sums by label: a robot's name, and that name with the task. Of this process's observations alone."""
+    """Sums by label: a robot's name, and that name with the task. Of this process's observations until it is taken."""
 
     def __init__(self) -> None:
         self._shares: dict[str, Share] = {}
@@ -35,8 +45,12 @@ class Tally:
             self._add(answered)
 
     def take(self) -> dict[str, float]:
-        """The means since the last call, by the names that TensorBoard shows."""
-        shares, self._shares = self._shares, {}
+        """The means since the last call, by the names that TensorBoard shows. Of all processes, which must all call."""
+        shares: dict[str, Share] = {}
+        for own in everyones(self._shares):
+            for label, share in own.items():
+                shares.setdefault(label, Share()).add(share)
+        self._shares = {}
         return {name: value for label, share in shares.items() for name, value in _means(label, share).items()}
 
     def _add(self, answered: Answered) -> None:
@@ -44,14 +58,11 @@ class Tally:
         names = [pair for group in answered.groups for pair in zip(group.embodiments, group.tasks, strict=True)]
         entropy, use = _routes(answered)
         for row, (robot, task) in enumerate(names):
+            own = Share(errors[row], entries[row])
+            if row < len(entropy):
+                own = Share(errors[row], entries[row], 1, entropy[row], use[row])
             for label in (robot, f"{robot}/{task}"):
-                share = self._shares.setdefault(label, Share())
-                share.error += errors[row]
-                share.counted += entries[row]
-                if row < len(entropy):
-                    share.observations += 1
-                    share.entropy += entropy[row]
-                    share.use = use[row] if share.use is None else share.use + use[row]
+                self._shares.setdefault(label, Share()).add(own)
 
 
 def _routes(answered: Answered) -> tuple[list[float], Tensor]:

@@ -10,7 +10,6 @@ from torch import nn
 from onbeat.training.config import DecoderConfig, ExpertsConfig, PolicyConfig, StreamConfig, VisionConfig
 from onbeat.training.config_file import load_config
 from onbeat.training.memory import (
-    MIB,
     Allocations,
     Load,
     counted_peaks,
@@ -122,14 +121,14 @@ def test_the_released_network_takes_a_step_at_reduced_depth() -> None:
     shallow = replace(
         config,
         vision=replace(config.vision, layers=1),
-        decoder=replace(config.decoder, layers=2, vocabulary=500),
+        decoder=replace(config.decoder, layers=1, vocabulary=500),
     )
-    policy, loss = take_steps(shallow, Load(batch=1, draws=2, views=1, words=30), steps=1)
+    policy, loss = take_steps(shallow, Load(batch=1, draws=1, views=1, words=16), steps=1)
     assert 0 < loss < float("inf")
     without = {name for name, p in policy.named_parameters() if p.grad is None}
     past = ("q_proj", "q_norm", "o_proj", "mlp", "post_attention_layernorm")
     never = ("language_model.norm.und", "language_model.lm_head", "mpg.")
     idle = {name for name in without if not name.startswith(never)}
-    assert all(name.startswith("language_model.layers.1.und.") and any(p in name for p in past) for name in idle)
+    assert all(name.startswith("language_model.layers.0.und.") and any(p in name for p in past) for name in idle)
     assert all(bool(p.grad.isfinite().all()) for p in policy.parameters() if p.grad is not None)
-    assert sum(p.numel() for p in policy.parameters()) > 150 * MIB
+    assert sum(p.numel() for p in policy.parameters()) > 100e6

@@ -11,11 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from onbeat.training import parallel
 from onbeat.training.checkpoint import load_checkpoint
-from onbeat.training.journal import HISTORY_FILE
+from onbeat.training.journal import CURVES_FOLDER, HISTORY_FILE
 from onbeat.training.train import main as train
 
 WORKER = Path(__file__).with_name("two_processes.py")
@@ -88,6 +89,14 @@ def wrong(one: Path, other: Path) -> dict[str, float]:
     return {name: apart for name, apart in differences(one, other).items() if apart > AGREEMENT}
 
 
+def curves(folder: Path) -> dict[str, float]:
+    """The last value of each curve that has no clock in it."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name != "samples_per_s"]
+    return {name: events.Scalars(name)[-1].value for name in names}
+
+
 @pytest.mark.slow
 def test_twenty_steps_of_two_processes_are_those_of_one(alone: Path, both: Path) -> None:
     assert wrong(alone / "last", both / "last") == {}
@@ -144,6 +153,9 @@ def test_the_command_writes_one_checkpoint_and_one_history(demonstrations: Path,
     ours, theirs = (load_file(folder / "resume" / "fit.safetensors") for folder in (one, two))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=AGREEMENT) for name in ours)
+    ours, theirs = (curves(folder / CURVES_FOLDER) for folder in (one, two))
+    assert "flow/so101" in ours
+    assert ours == pytest.approx(theirs, rel=1e-5), "of all processes, by robot and task too"
     rows = [json.loads((folder / HISTORY_FILE).read_text()) for folder in (one, two)]
     assert {**rows[0], "elapsed_s": 0} == pytest.approx({**rows[1], "elapsed_s": 0}, rel=1e-5)
 
