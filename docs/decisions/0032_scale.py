@@ -5,7 +5,7 @@ One thread and its own CPU time, so that other work on the machine disturbs litt
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from onbeat.training.recipe import load_recipe
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "so101_lift.toml"
 VOCABULARY, IMAGE_START, REPEATS, DRAWS = 400, 20, 7, 4
 WORDS = (3, 5, 6, 8, 10, 12, 14, 18)  # of eight instructions
+# Of attention alone: sequences of each length, the lengths, heads, their size.
+ATTENTION = ((4, range(32, 47, 2), 4, 32), (4, range(24, 102, 11), 4, 32), (1, range(100, 293, 27), 16, 128))
 
 
 def main() -> None:
@@ -35,6 +37,8 @@ def main() -> None:
     compare("4 draws: one prefix / a prefix for each", *prefix_once(policy, one[0]))
     compare("average: all at once / one by one", *averages(policy))
     compare("q, k, v of 1280 tokens: one product / three", *projections(policy))
+    for size in ATTENTION:
+        attend_in_all_ways(*size)
 
 
 def compare(what: str, first: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
@@ -136,6 +140,34 @@ def projections(policy: Policy) -> tuple[Callable[[], Tensor], Callable[[], Tens
         return backward(policy, F.linear(x, torch.cat(weights)))
 
     return three, one
+
+
+def attend_in_all_ways(count: int, lengths: Sequence[int], heads: int, size: int) -> None:
+    """Print what causal attention of `count` sequences of each length takes, forward and backward, way by way."""
+    groups = [torch.randn(count, heads, length, size) for length in lengths]
+    singles = [one for group in groups for one in group.split(1)]
+    longest, tokens = max(lengths), count * sum(lengths)
+    row = torch.cat([one[0] for one in singles], 1)[None]
+    owner = torch.repeat_interleave(torch.arange(len(singles)), torch.tensor([one.shape[2] for one in singles]))
+    mask = (owner[:, None] == owner) & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    ways = {
+        "by group": (groups, None),
+        "sequence by sequence": (singles, None),
+        "padded": ([torch.cat([F.pad(group, (0, 0, 0, longest - group.shape[2])) for group in groups])], None),
+        "one row, masked": ([row], mask),
+    }
+    print(f"attention, {count} of each of {[*lengths]} tokens, {heads} heads x {size}:")
+    for name, (batches, allowed) in ways.items():
+        print(f"  {name}: {min(attend(batches, allowed) for _ in range(REPEATS)) * 1e3:.1f} ms")
+
+
+def attend(batches: Sequence[Tensor], mask: Tensor | None) -> float:
+    """Seconds of this thread for batches (B, heads, tokens, size), one after the other."""
+    leaves = [batch.detach().requires_grad_() for batch in batches]
+    began = time.thread_time()
+    for x in leaves:
+        F.scaled_dot_product_attention(x, x, x, attn_mask=mask, is_causal=mask is None).sum().backward()
+    return time.thread_time() - began
 
 
 if __name__ == "__main__":
