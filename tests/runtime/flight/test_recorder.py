@@ -49,7 +49,7 @@ def inference(number: int, *, seen: tuple[int, int], asked: str = "lift", warnin
     known = {"number": number, "published_ns": number, "targets_rad": np.ones((2, 2))}
     chunk = dict.fromkeys((field.name for field in CHUNK), 0) | known
     state = {"arm": np.array([0.5]), "gripper": np.array([0.25])}
-    views = dict(zip(("top", "wrist"), frames, strict=True))
+    views: dict[str, Frame] = dict(zip(("top", "wrist"), frames, strict=True))
     return Inference(Observation(views, state, min(seen)), asked, chunk, warning)
 
 
