@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onbeat.drivers.twin.world import JOINTS, VIEWS, World
+from onbeat.embodiment.errors import run_module
 from onbeat.embodiment.schema import load_embodiment
 from onbeat.training.data.columns import ACTION, EVENTS, IMAGES, STATE
 from onbeat.training.data.layout import DataError, Feature
@@ -278,4 +279,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_module("onbeat.training.demonstrations", main))

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from onbeat.embodiment.errors import run_module
 from onbeat.training.config import PolicyConfig
 from onbeat.training.config_file import load_config
 from onbeat.training.model.policy import Policy, Prefix, count_parameters, create_policy
@@ -303,4 +304,4 @@ def _share(size: int, gpus: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_module("onbeat.training.memory", main))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from onbeat.embodiment.errors import run_module
 from onbeat.training.checkpoint import WEIGHTS_FILE, CheckpointError
 from onbeat.training.fit import Fit, Losses
 from onbeat.training.journal import Journal
@@ -183,4 +184,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_module("onbeat.training.train", main))

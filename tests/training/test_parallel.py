@@ -148,7 +148,7 @@ def test_the_command_writes_one_checkpoint_and_one_history(demonstrations: Path,
     recipe.write_text(RECIPE)
     arguments = [str(recipe), "--data", str(demonstrations), "--out"]
     assert train([*arguments, str(one)]) == 0
-    torchrun("-m", "onbeat.training.train", *arguments, str(two))
+    torchrun("-m", "onbeat", "train", *arguments, str(two))
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
     ours, theirs = (load_file(folder / "resume" / "fit.safetensors") for folder in (one, two))
     assert ours.keys() == theirs.keys()
