@@ -121,14 +121,19 @@ def read_log(path: Path) -> Log:
         _read_file(file, found, problems)
     if found.header is None:
         raise NoLog("; ".join([f"no log can be read from {path}", *problems]))
-    if found.header.get("format") != FORMAT:
-        problems.append(f"format {found.header.get('format')}, this version reads {FORMAT}: fields may be missing")
+    problems += version_problems(found.header)
     if found.outcome is None:
         problems.append("the run was cut short: the log has no outcome")
     records = {topic: _decode(topic, found, problems) for topic in found.layouts}
     if "/tick" in records:
         records["/tick"] = in_this_version(records["/tick"], found.header)
     return Log(tuple(files), found.header, tuple(found.events), found.outcome, tuple(problems), records)
+
+
+def version_problems(header: Mapping[str, Any]) -> list[str]:
+    """That a log is of another version, where it is."""
+    found = header.get("format")
+    return [] if found == FORMAT else [f"format {found}, this version reads {FORMAT}: fields may be missing"]
 
 
 def log_files(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.flight.encoding import Encoded, Layout, decode, layout_of, split_frame
 from onbeat.runtime.flight.messages import CAMERA, CDR, CHUNK_STAGES, MESSAGES
-from onbeat.runtime.flight.reader import log_files, read_messages
+from onbeat.runtime.flight.reader import log_files, read_messages, version_problems
 from onbeat.runtime.flight.view_pipe import read_pipe
 from onbeat.runtime.measures import text_table
 
@@ -208,8 +208,10 @@ def layouts_of(header: Mapping[str, Any]) -> dict[str, Layout]:
 
 def logged(path: Path, problems: list[str], layouts: dict[str, Layout]) -> Iterator[Encoded]:
     """The messages of a log, file by file. problems, layouts: as of `reader.read_messages`."""
-    for file in log_files(path):
+    for k, file in enumerate(log_files(path)):
         for topic, message in read_messages(file, problems, layouts):
+            if topic == "/header" and k == 0:
+                problems += version_problems(json.loads(message.data))
             yield Encoded(topic, message.data, message.log_time)
 
 

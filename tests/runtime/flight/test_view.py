@@ -96,6 +96,15 @@ def test_a_recording_shows_what_is_in_the_log(tmp_path: Path, capsys: pytest.Cap
     assert bytes(picture) == split_frame(frame)[2]
 
 
+def test_a_log_of_another_version_is_shown_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with LogWriter(tmp_path, {**HEADER, "format": 0}) as log:
+        log.write_values("/event", {"t_ns": 6 * S, "event": "level", "name": "OK"}, 6 * S)
+    assert view.main([str(tmp_path), "--to", str(tmp_path / "run.rrd")]) == 0
+    told = capsys.readouterr()
+    assert "/event" in told.out
+    assert told.err == f"onbeat view: format 0, this version reads {FORMAT}: fields may be missing\n"
+
+
 @pytest.mark.slow
 def test_rerun_opens_the_log_itself(tmp_path: Path):
     write_log(tmp_path)
