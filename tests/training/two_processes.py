@@ -37,7 +37,7 @@ class Step(NamedTuple):
 def config(*, key_bias: bool = False) -> PolicyConfig:
     """Experts, gate, adapters, small. key_bias: of the vision tower, whose gradient is nothing but rounding."""
     experts = ExpertsConfig(1, 5, 1, "observation")
-    decoder = DecoderConfig(StreamConfig(24, 32), StreamConfig(16, 24), 3, 4, 2, 8, VOCABULARY, experts=experts)
+    decoder = DecoderConfig(StreamConfig(24, 32), StreamConfig(16, 24), 2, 4, 2, 8, VOCABULARY, experts=experts)
     vision = VisionConfig(16, 32, 2, 2, 28, qkv_bias=key_bias)
     return PolicyConfig(vision, decoder, chunk=CHUNK, gate=GateConfig(True), adapters=True)
 
