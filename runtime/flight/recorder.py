@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onbeat.embodiment.slots import UNIFIED_DIM
 from onbeat.runtime.engine import PolicySpec
-from onbeat.runtime.faults import Fault, Level
+from onbeat.runtime.faults import Fault, Level, fault_names
 from onbeat.runtime.flight.encoding import PNG, Encoded, compress, encode_frame, encode_rows
 from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.flight.messages import CAMERA
@@ -195,6 +195,5 @@ class Recorder:
 
 def fault_changes(before: int, after: int) -> Iterator[tuple[str, str]]:
     """(name, "fault" or "fault_cleared") of every bit that changed."""
-    for fault in Fault:
-        if (before ^ after) >> fault & 1:
-            yield fault.name, "fault" if after >> fault & 1 else "fault_cleared"
+    for name in fault_names(before ^ after):
+        yield name, "fault" if after >> Fault[name] & 1 else "fault_cleared"
