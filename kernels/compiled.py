@@ -35,16 +35,22 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def stamp_sources(roots: Iterable[Path]) -> str:
-    """A digest of the files of the areas below `roots` that use `compiled`, and of what those import; "" for none."""
+    """A digest of `compiled_sources`; "" for none."""
+    sources = compiled_sources(roots)
+    return hashlib.sha256(b"".join(sources[name] for name in sorted(sources))).hexdigest() if sources else ""
+
+
+def compiled_sources(roots: Iterable[Path]) -> dict[str, bytes]:
+    """Module -> text of the files of the areas below `roots` that use `compiled`, and of what those import."""
     paths = [(root, path) for root in roots for area in AREAS for path in (root / area).glob("**/*.py")]
     texts = {".".join(path.relative_to(root).with_suffix("").parts): path.read_bytes() for root, path in paths}
-    pending, found = [name for name, text in texts.items() if _USE in text], set[str]()
+    pending, found = [name for name, text in texts.items() if _USE in text], dict[str, bytes]()
     while pending:
         name = pending.pop()
         if name in texts and name not in found:
-            found.add(name)
+            found[name] = texts[name]
             pending += [module.decode() for module in _IMPORT.findall(texts[name])]
-    return hashlib.sha256(b"".join(texts[name] for name in sorted(found))).hexdigest() if found else ""
+    return found
 
 
 def _roots() -> Iterable[Path]:

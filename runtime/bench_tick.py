@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import Actuators
-from onbeat.kernels.clock import monotonic_ns, new_timespec
-from onbeat.kernels.compiled import compiled
+from onbeat.kernels.clock import new_timespec
 from onbeat.runtime.bench_loop import twin_bus
+from onbeat.runtime.bench_tick_parts import time_faults, time_look_up, time_ticks
 from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
@@ -28,9 +28,8 @@ from onbeat.runtime.measures import figure, text_table
 from onbeat.runtime.realtime import prepare_loop, prepare_process
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import Robot, load_robot
-from onbeat.runtime.safety import watch
-from onbeat.runtime.tick import TickState, new_tick_state, tick
-from onbeat.runtime.timeline import committed_target, publish
+from onbeat.runtime.tick import TickState, new_tick_state
+from onbeat.runtime.timeline import publish
 
 BUS: Final = "servo bus"
 MAILBOX: Final = "mailbox"
@@ -146,33 +145,6 @@ def part_costs(robot: Robot) -> Iterator[Cost]:
             timers[step.name](state, time.monotonic_ns(), samples_ns[:1], new_timespec())
             timers[step.name](state, time.monotonic_ns(), samples_ns, new_timespec())
             yield cost_of(step, "", samples_ns)
-
-
-@compiled
-def time_look_up(state, now_ns, out_ns, timespec):
-    """How long each of the calls takes; out_ns: (N,)."""
-    for k in range(out_ns.shape[0]):
-        begin_ns = monotonic_ns(timespec)
-        committed_target(state.timeline, now_ns + k, state.target)
-        out_ns[k] = monotonic_ns(timespec) - begin_ns
-
-
-@compiled
-def time_faults(state, now_ns, out_ns, timespec):
-    """As `time_look_up`."""
-    for k in range(out_ns.shape[0]):
-        begin_ns = monotonic_ns(timespec)
-        watch(state.safety, now_ns + k, False, state.measured_load)
-        out_ns[k] = monotonic_ns(timespec) - begin_ns
-
-
-@compiled
-def time_ticks(state, now_ns, out_ns, timespec):
-    """As `time_look_up`, a millisecond of the robot's time per call."""
-    for k in range(out_ns.shape[0]):
-        begin_ns = monotonic_ns(timespec)
-        tick(state, now_ns + k * 1_000_000)
-        out_ns[k] = monotonic_ns(timespec) - begin_ns
 
 
 def measure_all(seconds: float) -> list[Cost]:

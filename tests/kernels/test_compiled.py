@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numba.core.errors import NumbaError
 
-from onbeat.kernels.compiled import STAMP, compiled, stamp_sources
+from onbeat.kernels.compiled import STAMP, compiled, compiled_sources, stamp_sources
 
 LOOP = "from onbeat.runtime.tick import tick\n\n@compiled\ndef loop(): ...\n"
 TICK = "from onbeat.kernels.limit import limit\n"
@@ -39,6 +39,12 @@ def test_a_change_of_anything_else_does_not(tree: Path):
 
 def test_a_place_without_sources_has_no_stamp(tmp_path: Path):
     assert stamp_sources([tmp_path]) == ""
+
+
+def test_an_edit_of_a_session_or_a_command_compiles_nothing_anew():
+    modules = compiled_sources([Path(__file__).parents[2]]).keys()
+    assert {"runtime.loop", "runtime.tick", "runtime.safety", "kernels.limit"} <= modules
+    assert not modules & {"runtime.daemon", "runtime.run", "runtime.scheduler", "runtime.robots", "runtime.bench_loop"}
 
 
 def test_what_is_compiled_is_kept_under_the_stamp():
