@@ -73,8 +73,8 @@ class Fault(IntEnum):
 class Row:
     """One fault. reaction holds while the fault is there and for `clears_after_s` after it was last seen.
 
-    then: the reaction after the fault was there for `then_after_s`; None: it stays as it is. ends_run: the arm comes
-    to rest, then the run ends as the robot's `on_exit` says. detector: what notices. policy: what else happens.
+    then: the reaction once it was seen for `then_after_s` longer than not; None: it stays as it is. ends_run: the arm
+    comes to rest, then the run ends as the robot's `on_exit` says. detector: what notices. policy: what else happens.
     """
 
     fault: Fault
@@ -269,7 +269,7 @@ TABLE: tuple[Row, ...] = (
         "tick: load",
         1,
         Level.SLOW,
-        "something is in the way",
+        "the joint gives way: its command is drawn back to where it is, until the load is gone",
         then=Level.HOLD,
         then_after_s=1.0,
         clears_after_s=0.5,
@@ -460,8 +460,9 @@ Made by `python -m onbeat.runtime.faults --write` from the table that the loop r
 
 A *tick* is a period of the control loop. *ticks*: from the one in which the detector can first know to the one whose
 command shows the reaction. The worst of all present faults counts: *warn* (counted and told), *slow* (the speed limit
-is scaled by `slow_factor`), *hold* (braked within the limits, then kept), *limp* (torque off at once). What ends a run
-brings the arm to rest first; then the robot file's `on_exit` says *hold*, *relax* or *park*.
+is scaled by `slow_factor`), *hold* (braked within the limits, then kept), *limp* (torque off at once). It gets worse
+"after" a time in which the fault was there, less the time in which it was not. What ends a run brings the arm to rest
+first; then the robot file's `on_exit` says *hold*, *relax* or *park*.
 
 {as_markdown()}
 """

@@ -3,9 +3,12 @@
 Compiled, on arrays allocated once, without a lock and without a clock of its own. Detectors outside the tick write
 into `Inputs`; the tick asks `watch` for a level and obeys it:
 
-    absent ──seen──▶ reaction ──there for then_after_s──▶ then
+    absent ──seen──▶ reaction ──seen for then_after_s──▶ then
       ▲                 │                                  │
       └── not seen for clears_after_s, unless it ends the run ──┘
+
+What comes and goes gets worse only if it is there more often than not: the time for which it was seen counts down again
+while it is not.
 
 Each word of `Inputs` has one writer. What happened once is an event, a count that only grows; what lasts is a
 condition, 1 while it is there.
@@ -60,6 +63,7 @@ STATUS = np.dtype(
     [
         ("age", np.int64),  # ticks since it was first seen; 0 when it is not there
         ("quiet", np.int64),  # ticks since it was last seen
+        ("lasts", np.int64),  # ticks in which it was seen, less those since then in which it was not
         ("level", np.int64),
         ("onsets", np.int64),  # how often it came
         ("seen", np.int64),  # of its events
@@ -266,13 +270,16 @@ def observe(safety, fault):
         status.onsets += status.age == 0
         status.age += 1
         status.quiet = 0
+        status.lasts += 1
     elif status.age > 0:
         status.age += 1
         status.quiet += 1
+        status.lasts = status.age if rule.ends_run != 0 else max(0, status.lasts - 1)
         if status.quiet > rule.clear_ticks and rule.ends_run == 0:
-            status.age = 0
+            status.age = status.lasts = status.level = 0
     status.seen = events
-    status.level = 0 if status.age == 0 else (rule.then if status.age > rule.then_ticks else rule.reaction)
+    if status.age > 0:
+        status.level = max(status.level, rule.then if status.lasts > rule.then_ticks else rule.reaction)
     if status.age > 0 and rule.ends_run != 0 and safety.ended_by[0] == NO_FAULT:
         safety.ended_by[0] = fault
     return status.level
@@ -283,6 +290,12 @@ def note_late(safety, fault, present):
     """What the tick finds after `watch`: counted now, and part of the level of this tick."""
     safety.inputs.conditions[fault] = present
     safety.level[0] = max(safety.level[0], observe(safety, fault))
+
+
+@compiled
+def is_pushing(safety, joint):
+    """Whether the load of a joint has been too high for too long, up to the last look."""
+    return safety.loaded[joint] >= max(1, safety.thresholds.load_ticks)
 
 
 @compiled
@@ -339,9 +352,9 @@ def _detect_bus(safety):
 @compiled
 def _is_loaded(safety, load):
     """Whether a joint has pushed for too long."""
-    longest = 0
+    pushing = False
     for j in range(load.shape[0]):
         is_high = math.fabs(load[j]) > safety.thresholds.max_load
         safety.loaded[j] = safety.loaded[j] + 1 if is_high else 0
-        longest = max(longest, safety.loaded[j])
-    return longest >= max(1, safety.thresholds.load_ticks)
+        pushing |= is_pushing(safety, j)
+    return pushing

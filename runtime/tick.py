@@ -25,6 +25,7 @@ from onbeat.runtime.safety import (
     Safety,
     SafetySettings,
     fault_bits,
+    is_pushing,
     new_safety,
     note_joints,
     note_late,
@@ -37,6 +38,7 @@ STARTED = 32  # the first tick: the command is the measured position
 SLOWED = 64  # a fault scales the speed limit
 STOPPED = 128  # a fault brought the arm to rest, or keeps it there
 OUTSIDE = 256  # braked, or the tool would have left the workspace
+GAVE_WAY = 512  # a joint that pushed for too long is drawn back to where it is
 FLAG_NAMES = {
     HELD: "held",
     POSITION: "position limit",
@@ -47,9 +49,11 @@ FLAG_NAMES = {
     SLOWED: "slowed by a fault",
     STOPPED: "stopped by a fault",
     OUTSIDE: "workspace limit",
+    GAVE_WAY: "gave way",
 }
 
 OVERREACH_RAD = 0.25  # a policy that points further out of a joint's range than this does not know where the arm is
+GIVE_WAY_HZ = 6.0  # the rate at which a pushing joint's lead decays: 95 % in 0.5 s, before a servo gives up by itself
 ROUNDING = 1e-9  # relative, and rad: the last check allows what rounding adds to a command made inside the limits
 
 RECORD = packed(TICK_RECORD, {})
@@ -210,14 +214,31 @@ def _heed(state, level):
     """Set goal and v_max of this tick from the target and the level of the faults."""
     copy_values(state.goal, state.target)
     copy_values(state.v_max, state.limits.v_max)
+    flags = 0
     if level >= HOLD:
         fill_values(state.goal, np.nan)
-        return STOPPED
-    if level == SLOW:
+        flags = STOPPED
+    elif level == SLOW:
         for j in range(state.v_max.shape[0]):
             state.v_max[j] *= state.safety.thresholds.slow_factor
-        return SLOWED
-    return 0
+        flags = SLOWED
+    return flags | _give_way(state)
+
+
+@compiled
+def _give_way(state):
+    """Draw the joints that push for too long back to where they are: a hold would push on until the servo gives up.
+
+    Slower as they come closer, so that a grip is eased and not opened; faster than SLOW, as only the command moves.
+    """
+    flags = 0
+    for j in range(state.goal.shape[0]):
+        if is_pushing(state.safety, j):
+            state.goal[j] = state.measured_q[j]
+            speed = GIVE_WAY_HZ * abs(state.path_q[j] - state.measured_q[j])
+            state.v_max[j] = min(state.limits.v_max[j], speed)
+            flags = GAVE_WAY
+    return flags
 
 
 @compiled

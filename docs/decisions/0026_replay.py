@@ -32,7 +32,7 @@ MUTANTS = (
     ("runtime/tick.py", "    if level >= HOLD:\n", "    if level > HOLD:\n"),
     ("runtime/tick.py", "state.v_max[j] *= state.safety.thresholds.slow_factor", "state.v_max[j] *= 1.0"),
     ("runtime/safety.py", "if status.quiet > rule.clear_ticks", "if status.quiet >= rule.clear_ticks"),
-    ("runtime/safety.py", "rule.then if status.age > rule.then_ticks", "rule.then if status.age >= rule.then_ticks"),
+    ("runtime/safety.py", "status.lasts > rule.then_ticks", "status.lasts >= rule.then_ticks"),
     ("runtime/safety.py", "is_high = math.fabs(load[j]) >", "is_high = load[j] >"),
 )
 

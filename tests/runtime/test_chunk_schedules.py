@@ -45,7 +45,7 @@ def start_anew(state):
     state.command_v[:] = 0.0
     state.command_a[:] = 0.0
     for fault in range(state.safety.status.shape[0]):
-        state.safety.status[fault].age = 0
+        state.safety.status[fault].age = state.safety.status[fault].lasts = state.safety.status[fault].level = 0
         state.safety.inputs.conditions[fault] = 0
     for j in range(state.measured_q.shape[0]):
         state.measured_q[j] = np.random.uniform(state.limits.q_min[j], state.limits.q_max[j])

@@ -30,8 +30,11 @@ from onbeat.runtime.realtime import prepare_loop
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import RobotError, apply_toml, as_json, from_json, load_robot
 from onbeat.runtime.run import RunRefused, main, new_run_folder, parse, start_daemon
-from onbeat.runtime.tick import new_tick_state
+from onbeat.runtime.safety import SafetySettings, onsets
+from onbeat.runtime.tick import TickState, new_tick_state
 from onbeat.runtime.timeline import publish
+
+pytestmark = pytest.mark.alone
 
 RATE_HZ = load_robot("so101-twin").config.loop_rate_hz
 MOST_FAULTY = 0.05  # of the ticks: the twin's process may not get a processor within an exchange's time-out
@@ -46,6 +49,7 @@ def _compiled() -> None:
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "ckpt_a1" / "checkpoint"
 VIEWS = ("top", "wrist")
+UNDER_THE_TABLE = np.array([0.0, 0.9, 0.6, 0.8, 0.0, 0.4])  # by 10 cm
 
 
 @pytest.fixture(scope="session")
@@ -214,6 +218,19 @@ class TestRobotFile:
         assert from_json(json.loads(json.dumps(as_json(config)))) == config
 
 
+def start_loop(state: TickState, bus: FeetechBus) -> tuple[ControlLoop, threading.Thread, np.ndarray]:
+    """A loop that ticks, its thread, and where the joints were (J,)."""
+    loop = ControlLoop(state, bus, history=StateHistory(len(state.command_q)))
+    bus.enable(True)
+    loop.read_first()
+    start = state.measured_q.copy()
+    thread = threading.Thread(target=lambda: (prepare_loop(), loop.run()))
+    thread.start()
+    while loop.status.ticks == 0:
+        time.sleep(0.01)
+    return loop, thread, start
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 class TestScripted:
@@ -225,15 +242,7 @@ class TestScripted:
         with start_twin(tmp_path, seed=1, has_cameras=False) as twin, FeetechBus(twin.port, joints) as bus:
             state = new_tick_state(robot.limits, rate_hz=RATE_HZ, rows=16)
             log = TickLog()
-            loop = ControlLoop(state, bus, history=StateHistory(6))
-            compile_ahead(robot.limits)
-            bus.enable(True)
-            loop.read_first()
-            start = state.measured_q.copy()
-            thread = threading.Thread(target=lambda: (prepare_loop(), loop.run()))
-            thread.start()
-            while loop.status.ticks == 0:
-                time.sleep(0.01)
+            loop, thread, start = start_loop(state, bus)
             ends = [start + 0.3, start - 0.2, start + 0.1]
             for end in ends:
                 now_ns = time.monotonic_ns()
@@ -262,6 +271,27 @@ class TestScripted:
         on_the_wire = read_goals(tmp_path)["goal_steps"][-1]
         centre = np.array([joint.zero_steps for joint in joints.values()])
         assert np.abs((on_the_wire - centre) * RAD_PER_STEP - goals[-1]).max() <= RAD_PER_STEP
+
+    @pytest.mark.parametrize(("max_load", "gives_up"), [(0.75, False), (1.0, True)])
+    def test_an_arm_that_presses_on_the_table_gives_way_before_a_servo_gives_up(
+        self, max_load: float, gives_up: bool, tmp_path: Path
+    ):
+        robot = load_robot("so101-twin")
+        joints = load_joints(FACTORY, robot.joints)
+        with start_twin(tmp_path, seed=1, has_cameras=False) as twin, FeetechBus(twin.port, joints) as bus:
+            state = new_tick_state(robot.limits, rate_hz=RATE_HZ, rows=16, settings=SafetySettings(max_load=max_load))
+            loop, thread, start = start_loop(state, bus)
+            way = np.linspace(start, UNDER_THE_TABLE, 16)
+            for rows in (way, way[-1:].repeat(16, axis=0), way[-1:].repeat(16, axis=0)):
+                now_ns = time.monotonic_ns()
+                publish(state.timeline, rows, t0_ns=now_ns, period_ns=robot.policy_period_ns, now_ns=now_ns)
+                time.sleep(1.6)
+            loop.stop()
+            thread.join()
+        came = onsets(state.safety)
+        assert (came["SERVO_LOAD"] > 0) is not gives_up, "what notices it"
+        assert (came["SERVO_OVERLOAD"] > 0) is gives_up
+        assert bool(read_torque(tmp_path)) is gives_up, "by the motors' currents"
 
 
 @pytest.mark.slow

@@ -216,6 +216,34 @@ class TestDetectors:
         assert bench.tick() == Level.OK
         assert bench.safety.ended_by[0] == NO_FAULT
 
+    @pytest.mark.parametrize(("lost", "good", "worst"), [(1, 5, Level.SLOW), (1, 1, Level.SLOW), (2, 1, Level.HOLD)])
+    def test_exchanges_lost_now_and_then_hold_only_where_most_are(self, lost: int, good: int, worst: Level):
+        bench, levels = Bench(SafetySettings(retry_burst=np.inf)), set()
+        for _ in range(50):
+            for outcome in (NO_REPLY,) * lost + (OK,) * good:
+                bench.exchange(outcome)
+                levels.add(bench.tick())
+        assert max(levels) == worst
+        assert onsets(bench.safety)["BUS_SILENT"] == 1
+
+    def test_a_hold_is_kept_until_the_fault_has_cleared(self):
+        bench = Bench()
+        for _ in range(5):
+            bench.exchange(NO_REPLY)
+            bench.tick()
+        bench.exchange(OK)
+        cleared = round(ROW[Fault.BUS_SILENT].clears_after_s / PERIOD_S)
+        assert [bench.tick() for _ in range(cleared)] == [Level.HOLD] * cleared
+        assert bench.tick() == Level.OK
+
+    def test_what_ends_a_run_gets_worse_though_it_was_seen_once(self):
+        bench = Bench()
+        bench.exchange(SERVO_FAULT, Status.TEMPERATURE)
+        bench.tick()
+        bench.exchange(OK)
+        assert bench.tick(round(ROW[Fault.SERVO_OVERHEAT].then_after_s / PERIOD_S) - 1) == Level.HOLD
+        assert bench.tick() == Level.LIMP
+
     def test_a_lost_exchange_says_nothing_of_the_servos(self):
         bench = Bench()
         bench.exchange(NO_REPLY, status=Status.OVERLOAD, warmth_c=90.0)

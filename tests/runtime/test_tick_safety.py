@@ -9,22 +9,21 @@ from onbeat.kernels.kinematics import excess_m
 from onbeat.kernels.limit import smooth, smooth_reference, smoothing_ticks
 from onbeat.runtime.faults import ROW, Fault, Level
 from onbeat.runtime.robots import Robot, load_robot
-from onbeat.runtime.safety import BEHIND_TIME_S, report, set_condition
-from onbeat.runtime.tick import OUTSIDE, REFUSED, SLOWED, STOPPED, TickState, new_tick_state, tick
+from onbeat.runtime.safety import BEHIND_TIME_S, LOAD_TIME_S, SafetySettings, report, set_condition
+from onbeat.runtime.tick import GAVE_WAY, OUTSIDE, REFUSED, SLOWED, STOPPED, TickState, new_tick_state, tick
 from onbeat.runtime.timeline import publish
 
 TICK_NS, PERIOD_NS = 10_000_000, 100_000_000
 DT = 0.01
 REACH = np.array([1.5, 0.0, -0.6, 0.4, 1.5, 1.0])  # far, inside every range and over the table
 HOME = np.array([0.0, -0.85, 0.6, 1.2, 0.0, 0.4])
+ROLL = np.array([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])  # of the wrist, joint 4
 ROBOT: Robot = load_robot("so101-twin")
 TOLERANCE_M = 0.002  # between the poses that a tick looks at, and by the mean over the path
 
 
-def new_state() -> TickState:
-    state = new_tick_state(
-        ROBOT.limits, rate_hz=100, rows=16, workspace=ROBOT.workspace(), settings=ROBOT.safety
-    )
+def new_state(settings: SafetySettings = ROBOT.safety) -> TickState:
+    state = new_tick_state(ROBOT.limits, rate_hz=100, rows=16, workspace=ROBOT.workspace(), settings=settings)
     state.measured_q[:] = HOME
     return state
 
@@ -32,8 +31,8 @@ def new_state() -> TickState:
 class Drive:
     """A state and its clock; `chunk` commits targets from now on."""
 
-    def __init__(self) -> None:
-        self.state, self.now_ns = new_state(), 10**9
+    def __init__(self, settings: SafetySettings = ROBOT.safety) -> None:
+        self.state, self.now_ns = new_state(settings), 10**9
         self.commands = [HOME.copy()]
         self.flags: list[int] = []
         self.follows = np.ones(6, bool)
@@ -185,6 +184,66 @@ class TestFollowing:
         assert drive.state.safety.status["onsets"][Fault.SERVO_BEHIND] == 0
 
 
+class Wall(Drive):
+    """A drive whose joint 4 cannot leave HOME; its servo's load is full at a lead of `full_rad`."""
+
+    def __init__(self, full_rad: float, max_load: float = 0.75) -> None:
+        super().__init__(SafetySettings(max_load=max_load))
+        self.full_rad, self.loads = full_rad, [0.0]
+        self.follows[4] = False
+
+    def push(self, ticks: int) -> None:
+        for _ in range(ticks):
+            self.run(1)
+            lead_rad = self.commands[-1][4] - HOME[4]
+            self.loads.append(float(np.clip(lead_rad / self.full_rad, -1.0, 1.0)))
+            self.state.measured_load[4] = self.loads[-1]
+
+    def longest_overload_s(self) -> float:
+        """How long without a pause the load was what an STS3215 gives up at after 2 s."""
+        return max(len(part) for part in "".join("x" if load > 0.8 else " " for load in self.loads).split(" ")) * DT
+
+
+class TestPushing:
+    """What the arm cannot move it does not push until its servos let go of everything."""
+
+    @pytest.mark.parametrize("full_rad", [0.003, 0.03, 0.3], ids=["stiff", "ordinary", "soft"])
+    def test_a_joint_that_pushes_gives_way_before_its_servo_does(self, full_rad: float):
+        drive, control = Wall(full_rad), Wall(full_rad, max_load=1.0)
+        for pushing in (drive, control):
+            pushing.chunk(HOME + ROLL)
+            pushing.push(500)
+        assert control.longest_overload_s() > 2.0, "it would have"
+        assert drive.longest_overload_s() < 1.75, "well before 2"
+        assert drive.flags[-1] & STOPPED, "the chunk is over"
+        assert 0.0 < drive.loads[-1] <= 0.75
+        assert_inside(np.array(drive.commands))
+
+    def test_a_grip_is_eased_and_not_opened(self):
+        drive = Wall(0.3)
+        drive.chunk(HOME + ROLL)
+        drive.push(500)
+        assert 0.4 < drive.loads[-1] <= 0.75
+
+    def test_a_short_push_changes_nothing(self):
+        drive, free = Wall(0.3), Drive()
+        for moving in (drive, free):
+            moving.chunk(HOME + ROLL)
+        short = round(LOAD_TIME_S / DT) - 1
+        while drive.loads[-1] <= 0.75:
+            drive.push(1)
+        drive.push(short)
+        assert not any(flags & (GAVE_WAY | SLOWED) for flags in drive.flags)
+        assert (free.run(len(drive.flags)) == drive.commands).all()
+
+    def test_the_other_joints_stay_where_they_are_held(self):
+        drive = Wall(0.3)
+        drive.chunk(HOME + ROLL)
+        drive.push(500)
+        others = np.delete(np.array(drive.commands), 4, axis=1)
+        assert (others == np.delete(HOME, 4)).all()
+
+
 class TestLastCheck:
     @pytest.mark.parametrize(
         ("field", "bad"),
@@ -249,6 +308,8 @@ def test_no_schedule_of_chunks_and_faults_breaks_a_limit(seed: int):
             drive.chunk(rng.uniform(ROBOT.limits.q_min - 0.2, ROBOT.limits.q_max + 0.2, (16, 6)))
         fault = Fault(int(rng.integers(len(Fault))))
         set_condition(drive.state.safety, fault, bool(rng.random() < 0.4))
+        drive.follows[:] = rng.random(6) < 0.7
+        drive.state.measured_load[:] = rng.choice([0.0, -1.0, 1.0], 6, p=[0.8, 0.1, 0.1])
         drive.run(int(rng.integers(1, 60)))
     drive.run(80)
     assert_inside(np.array(drive.commands))
