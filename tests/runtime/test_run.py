@@ -30,7 +30,7 @@ from onbeat.runtime.realtime import prepare_loop
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import RobotError, apply_toml, as_json, from_json, load_robot
 from onbeat.runtime.run import RunRefused, main, new_run_folder, parse, start_daemon
-from onbeat.runtime.safety import SafetySettings, onsets
+from onbeat.runtime.safety import onsets
 from onbeat.runtime.tick import TickState, new_tick_state
 from onbeat.runtime.timeline import publish
 
@@ -279,7 +279,10 @@ class TestScripted:
         robot = load_robot("so101-twin")
         joints = load_joints(FACTORY, robot.joints)
         with start_twin(tmp_path, seed=1, has_cameras=False) as twin, FeetechBus(twin.port, joints) as bus:
-            state = new_tick_state(robot.limits, rate_hz=RATE_HZ, rows=16, settings=SafetySettings(max_load=max_load))
+            settings = replace(robot.safety, max_load=max_load, max_behind_rad=())
+            state = new_tick_state(
+                robot.limits, rate_hz=RATE_HZ, rows=16, workspace=robot.workspace(), settings=settings
+            )
             loop, thread, start = start_loop(state, bus)
             way = np.linspace(start, UNDER_THE_TABLE, 16)
             for rows in (way, way[-1:].repeat(16, axis=0), way[-1:].repeat(16, axis=0)):
