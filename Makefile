@@ -12,8 +12,10 @@ export OMP_NUM_THREADS ?= 1
 run: .venv/installed-run
 	$(BIN)/onbeat run $(RUN_ARGS)
 
+# What only computes runs on every core; loops, twins and clocks then have the machine for themselves, the soak last.
 test: check
-	$(BIN)/python -m pytest -m "not soak" --durations=20
+	$(BIN)/python -m pytest -m "not alone" -n logical --maxprocesses 4 --dist loadfile --durations=20
+	$(BIN)/python -m pytest -m alone --durations=20
 
 fast: .venv/installed-test
 	$(BIN)/python -m pytest
@@ -26,7 +28,7 @@ check: .venv/installed-test
 evaluate: .venv/installed-test
 	$(BIN)/onbeat evaluate --seeds 50 --control all
 
-# Every fault on the twin, judged on the wire: four minutes that want the machine for themselves, not yet in `make test`.
+# Every fault on the twin, judged on the wire: the four minutes at the end of `make test`.
 soak: .venv/installed-test
 	$(BIN)/python -m pytest -m soak
 

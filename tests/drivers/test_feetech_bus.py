@@ -17,6 +17,8 @@ from onbeat.drivers.feetech.tables import Status
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.drivers.twin.servos import Answer
 
+pytestmark = pytest.mark.alone
+
 
 def replaced(change: Callable[[bytes], bytes]) -> Callable[[Answer], Answer]:
     return lambda answer: Answer(change(answer.data), answer.wire_ns)

@@ -12,6 +12,8 @@ from onbeat.drivers.feetech.tables import Instruction
 from onbeat.drivers.twin.line import ServoLine
 from onbeat.drivers.twin.servos import ServoBank
 
+pytestmark = pytest.mark.alone
+
 PING = encode_packet(1, Instruction.PING)
 
 

@@ -18,6 +18,8 @@ from onbeat.drivers.twin.client import RunningTwin, TwinFailed, start_twin
 from onbeat.drivers.twin.frames import SHARED_MEMORY
 from onbeat.drivers.twin.records import read_counts, read_goals, read_truth
 
+pytestmark = pytest.mark.alone
+
 PATIENT = BusSettings(timeout_ms=2000.0)  # a busy machine must not make it ask, and write goals, twice
 
 

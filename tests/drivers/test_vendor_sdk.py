@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 scservo_sdk = pytest.importorskip("scservo_sdk")
 from onbeat.drivers.feetech.tables import REGISTER  # noqa: E402
 

@@ -29,6 +29,8 @@ from onbeat.runtime.loop import compile_ahead
 from onbeat.runtime.robots import load_robot
 from onbeat.runtime.tick import new_tick_state
 
+pytestmark = pytest.mark.alone
+
 HISTOGRAM = """# /dev/cpu_dma_latency set to 0us
 000000 000000
 000003 000098

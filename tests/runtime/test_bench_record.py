@@ -27,6 +27,8 @@ from onbeat.runtime.profile.spread import SAME, SLOWER
 from onbeat.runtime.robots import load_robot
 from onbeat.runtime.tick import new_tick_state
 
+pytestmark = pytest.mark.alone
+
 SPEC = PolicySpec(2, 8, 1, 4, 1, 0, SamplerSpec(1, 1, "off", gate_lambda=0.0, gate_temperature=1.0, gate_directions=0))
 
 

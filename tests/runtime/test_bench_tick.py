@@ -15,6 +15,8 @@ from onbeat.runtime.record import new_tick_ring
 from onbeat.runtime.robots import load_robot
 from onbeat.runtime.tick import new_tick_state
 
+pytestmark = pytest.mark.alone
+
 ROBOT = load_robot("so101-twin")
 JOINTS = len(ROBOT.joints)
 PATIENCE = 20  # times the budget: a test machine's processors are taken

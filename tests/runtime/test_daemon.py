@@ -32,6 +32,8 @@ from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, build_robot, load_robot
 from onbeat.runtime.safety import onsets
 
+pytestmark = pytest.mark.alone
+
 ROWS, JOINTS = 16, 6
 SAMPLER = SamplerSpec(1, 1, "off", gate_lambda=0.0, gate_temperature=1.0, gate_directions=0)
 SPEC = PolicySpec(2, 8, 1, ROWS, 1, trained_delay=0, sampler=SAMPLER)

@@ -26,6 +26,8 @@ from onbeat.runtime.scheduler import Scheduler
 from onbeat.runtime.summary import executed_delays
 from onbeat.runtime.tick import new_tick_state
 
+pytestmark = pytest.mark.alone
+
 ROWS, JOINTS = 16, 6
 SECONDS = 12.0
 STEP_RAD = 0.06  # between two chunks: many servo steps, and over within a policy period

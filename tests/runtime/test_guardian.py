@@ -24,6 +24,8 @@ from onbeat.runtime import heartbeat, mailbox
 from onbeat.runtime.guardian import LOOK_S, PARK_PERIOD_S, Patience, parking_way
 from onbeat.runtime.heartbeat import GUARDED, IDLE, Beat, Heartbeat
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,6 +17,8 @@ from onbeat.runtime.record import TickLog
 from onbeat.runtime.tick import REFUSED, JointLimits, new_tick_state
 from onbeat.runtime.timeline import publish
 
+pytestmark = pytest.mark.alone
+
 JOINTS = ("pan", "grip")
 RATE_HZ = 200
 PERIOD_NS = 1_000_000_000 // RATE_HZ

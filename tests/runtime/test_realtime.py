@@ -18,6 +18,8 @@ from onbeat.runtime.realtime import (
     prepare_process,
 )
 
+pytestmark = pytest.mark.alone
+
 IS_ROOT = os.geteuid() == 0
 
 

@@ -202,6 +202,7 @@ def shortcomings(result: dict[str, Any]) -> list[str]:
     return [problem for problem in result["problems"] if "between goals, p99" not in problem]
 
 
+@pytest.mark.alone
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_one_minute(tmp_path: Path):

@@ -11,6 +11,8 @@ import pytest
 
 from onbeat.runtime.flight.reader import read_log
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = Path(__file__).parent / "recording_process.py"
 ROOT = PROGRAM.parents[3]
 SECOND_NS = 1_000_000_000

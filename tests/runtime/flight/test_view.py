@@ -15,6 +15,8 @@ from onbeat.runtime.flight.messages import CHUNK_STAGES, FORMAT, LETTERS
 from onbeat.runtime.flight.view_pipe import ViewPipe, read_pipe
 from onbeat.runtime.flight.writer import LogWriter
 
+pytestmark = pytest.mark.alone
+
 chunk_module = pytest.importorskip("rerun.chunk")
 
 S = 1_000_000_000
