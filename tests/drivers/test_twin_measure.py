@@ -8,6 +8,7 @@ pytest.importorskip("mujoco")
 from onbeat.drivers.twin.measure import main
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_every_line_has_percentiles_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seconds", "0.5"]) == 0

@@ -279,6 +279,7 @@ def test_files_that_cannot_be_written_are_told(run_of: RunOf, tmp_path: Path, ca
     assert issubclass(profile.ProfileRefused, OnbeatError)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_live_run_of_the_twin_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert profile.main(["--live", "--seconds", "2.5", "--json", "--out", str(tmp_path)]) == 0
