@@ -272,7 +272,7 @@ TABLE: tuple[Row, ...] = (
         "the joint gives way: its command is drawn back to where it is, until the load is gone",
         then=Level.HOLD,
         then_after_s=1.0,
-        clears_after_s=0.5,
+        clears_after_s=0.2,
     ),
     Row(
         Fault.SERVO_BEHIND,

@@ -26,7 +26,6 @@ from onbeat.runtime.faults import Fault
 from onbeat.runtime.link import exchange, link_to, mailbox_link
 from onbeat.runtime.mailbox import (
     ENDED_NS,
-    FAULTS_IN_A_ROW,
     FAULTY,
     LATEST_NS,
     MISSED,
@@ -42,7 +41,17 @@ from onbeat.runtime.mailbox import (
     new_words,
 )
 from onbeat.runtime.record import TickRing, append_tick, new_tick_ring
-from onbeat.runtime.safety import LIMP, NO_FAULT, SILENCE_NS, TICK_MISSED, note_exchange, set_condition, watch
+from onbeat.runtime.safety import (
+    BUS_DEAD,
+    LIMP,
+    NO_FAULT,
+    SILENCE_NS,
+    TICK_MISSED,
+    note_exchange,
+    pushes,
+    set_condition,
+    watch,
+)
 from onbeat.runtime.tick import REFUSED, JointLimits, TickState, new_tick_state, tick
 from onbeat.runtime.timeline import publish
 
@@ -168,7 +177,7 @@ def run_loop(state, link, box):
     period_ns = round(state.period_s * 1e9)
     due_ns = monotonic_ns(box.timespec) + period_ns
     store_release(box.progress, STARTED_NS, due_ns)
-    outcome, tell_ns = OK, 0
+    outcome, failed, tell_ns = OK, OK, 0
     while outcome == OK and not _is_over(state, box, due_ns):
         start_ns = sleep_until(due_ns, box.timespec)
         flags = tick(state, due_ns)
@@ -178,7 +187,9 @@ def run_loop(state, link, box):
         append_tick(box.records, state, due_ns, start_ns, sent_ns - start_ns, read_ns - sent_ns, tell_ns, answer)
         _take_joints(state, link.wire, box.states, answer)
         note_exchange(state.safety, answer, link.wire.counts, link.wire.status, link.wire.temperature_c)
-        outcome = _count_tick(box.progress, flags, answer, period_ns)
+        if _count_tick(box.progress, flags, answer):
+            failed = answer
+        outcome = answer if answer & 15 == PORT_LOST else OK
         done_ns = monotonic_ns(box.timespec)
         due_ns, missed = next_deadline(due_ns, done_ns, period_ns)
         box.progress[MISSED] += missed
@@ -187,6 +198,8 @@ def run_loop(state, link, box):
         tell_ns = done_ns - read_ns
     if outcome != OK:  # no tick comes that would see it
         watch(state.safety, due_ns, False, state.measured_load)
+    elif state.safety.ended_by[0] == BUS_DEAD:
+        outcome = failed
     store_release(box.progress, ENDED_NS, monotonic_ns(box.timespec))
     return outcome
 
@@ -217,10 +230,11 @@ def _is_over(state, box, due_ns):
 
 @compiled
 def _rests(state):
-    for speed in state.command_v:  # noqa: SIM110  compiled: all() of a generator is not
+    """Whether the command stands still, and no joint is left pushing for its servo to give up later."""
+    for speed in state.command_v:
         if speed != 0.0:
             return False
-    return True
+    return state.safety.silent[0] > 0 or not pushes(state.safety, state.measured_load)
 
 
 @compiled
@@ -235,13 +249,10 @@ def _take_joints(state, wire, states, answer):
 
 
 @compiled
-def _count_tick(progress, flags, answer, period_ns):
-    """Count, and return the fault code that ends the loop, or OK: a port that is gone, a bus silent for too long."""
+def _count_tick(progress, flags, answer):
+    """Count; returns whether the exchange failed."""
     progress[TICKS] += 1
     progress[REFUSED_TICKS] += 1 if flags & REFUSED else 0
     has_failed = answer & 15 != OK and answer & 15 != SERVO_FAULT
     progress[FAULTY] += 1 if has_failed else 0
-    progress[FAULTS_IN_A_ROW] = progress[FAULTS_IN_A_ROW] + 1 if has_failed else 0
-    if answer & 15 == PORT_LOST or progress[FAULTS_IN_A_ROW] * period_ns >= SILENCE_NS:
-        return answer
-    return OK
+    return has_failed

@@ -32,9 +32,8 @@ FAULTY: Final = 2  # ticks whose exchange failed
 REFUSED_TICKS: Final = 3
 STARTED_NS: Final = 4
 ENDED_NS: Final = 5
-FAULTS_IN_A_ROW: Final = 6
-LATEST_NS: Final = 7  # when the last tick was done
-PROGRESS_WORDS: Final = 8
+LATEST_NS: Final = 6  # when the last tick was done
+PROGRESS_WORDS: Final = 7
 
 ANSWERS: Final = 4  # the newest is read while the next is written
 STALE_NS: Final = 100_000_000  # an answer of mailbox actuators older than this counts as none

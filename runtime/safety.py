@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.drivers.feetech.protocol import GOAL_REFUSED, OK, PORT_LOST, SERVO_FAULT
+from onbeat.drivers.feetech.protocol import OK, PORT_LOST, SERVO_FAULT
 from onbeat.drivers.feetech.tables import Status
 from onbeat.kernels.arrays import copy_values
 from onbeat.kernels.compiled import compiled
@@ -30,7 +30,7 @@ from onbeat.runtime.faults import TABLE, Fault, Level
 # F faults, J joints.
 
 SILENCE_NS: Final = 300_000_000  # without one good exchange, after which the bus counts as dead
-LOAD_TIME_S = 0.5  # a servo that starts or meets the table pushes hard for a moment
+LOAD_TIME_S = 0.5  # a servo that starts or meets the table pushes hard for a moment; and lets go of it for one
 BEHIND_TIME_S = 0.2  # a seam or a load makes a servo lag for a moment
 NO_FAULT = -1
 SLOW: Final = int(Level.SLOW)
@@ -43,7 +43,7 @@ _CHUNK_MISSING: Final = int(Fault.CHUNK_MISSING)
 _CAMERA_STALE: Final = int(Fault.CAMERA_STALE)
 _BUS_RETRIES: Final = int(Fault.BUS_RETRIES)
 _BUS_SILENT: Final = int(Fault.BUS_SILENT)
-_BUS_DEAD: Final = int(Fault.BUS_DEAD)
+BUS_DEAD: Final = int(Fault.BUS_DEAD)
 _PORT_LOST: Final = int(Fault.PORT_LOST)
 _SERVO_LOAD: Final = int(Fault.SERVO_LOAD)
 _SERVO_BEHIND: Final = int(Fault.SERVO_BEHIND)
@@ -125,11 +125,12 @@ class Inputs(NamedTuple):
 class Safety(NamedTuple):
     """The machine. rules, status: (F,) of RULE and STATUS. level: (1,) int64, the worst of all faults.
 
-    ended_by: (1,) int64, the first fault that ends the run, or NO_FAULT. loaded, behind: (J,) int64, for how many ticks
-    the load was too high, or the joint too far from its command. silent: (1,) int64, exchanges that failed in a row.
-    bucket: (1,), retries over the budget. retries: (1,) int64, of Inputs.retries, what the last tick saw. seen: (1,)
-    int64, bit k: an input of the last tick showed fault k, for inputs may change while it looks. frame_ns: (1,) int64,
-    of Inputs.frame_ns, what it saw.
+    ended_by: (1,) int64, the first fault that ends the run, or NO_FAULT. loaded: (J,) int64, for how many ticks the
+    load was too high, less those in which it was not, 0 to load_ticks; overloaded: (J,) int64, 1 from the one until the
+    other. behind: (J,) int64, for how many ticks the joint was too far from its command. silent: (1,) int64, exchanges
+    that failed in a row. bucket: (1,), retries over the budget. retries: (1,) int64, of Inputs.retries, what the last
+    tick saw. seen: (1,) int64, bit k: an input of the last tick showed fault k, for inputs may change while it looks.
+    frame_ns: (1,) int64, of Inputs.frame_ns, what it saw.
     """
 
     rules: NDArray[np.void]
@@ -139,6 +140,7 @@ class Safety(NamedTuple):
     level: NDArray[np.int64]
     ended_by: NDArray[np.int64]
     loaded: NDArray[np.int64]
+    overloaded: NDArray[np.int64]
     behind: NDArray[np.int64]
     silent: NDArray[np.int64]
     bucket: NDArray[np.float64]
@@ -166,6 +168,7 @@ def new_safety(joints: int, period_s: float, settings: SafetySettings | None = N
         level=counts[3],
         ended_by=np.full(1, NO_FAULT, np.int64),
         loaded=np.zeros(joints, np.int64),
+        overloaded=np.zeros(joints, np.int64),
         behind=np.zeros(joints, np.int64),
         silent=counts[4],
         bucket=np.zeros(1),
@@ -189,7 +192,7 @@ def _thresholds(settings: SafetySettings, joints: int, period_s: float) -> Thres
     return Thresholds(
         max_frame_age_ns=round(settings.max_frame_age_ms * 1e6),
         max_load=settings.max_load,
-        load_ticks=round(LOAD_TIME_S / period_s),
+        load_ticks=max(1, round(LOAD_TIME_S / period_s)),
         max_behind_rad=np.array([bound or np.inf for bound in behind]),
         behind_ticks=round(BEHIND_TIME_S / period_s),
         max_temperature_c=settings.max_temperature_c,
@@ -293,9 +296,18 @@ def note_late(safety, fault, present):
 
 
 @compiled
-def is_pushing(safety, joint):
-    """Whether the load of a joint has been too high for too long, up to the last look."""
-    return safety.loaded[joint] >= max(1, safety.thresholds.load_ticks)
+def is_pushing(safety, joint, load):
+    """Whether a joint pushes too hard now, load of stall, and has for too long, up to the last look."""
+    return safety.overloaded[joint] != 0 and math.fabs(load) > safety.thresholds.max_load
+
+
+@compiled
+def pushes(safety, load):
+    """Whether any joint's load (J,) is too high now."""
+    for share in load:  # noqa: SIM110  compiled: any() of a generator is not
+        if math.fabs(share) > safety.thresholds.max_load:
+            return True
+    return False
 
 
 @compiled
@@ -338,23 +350,25 @@ def _shows(servo_status, bits):
 def _detect_bus(safety):
     inputs, conditions, limits = safety.inputs, safety.inputs.conditions, safety.thresholds
     fault = inputs.bus_fault[0]
-    is_silent = fault not in (OK, SERVO_FAULT, GOAL_REFUSED, PORT_LOST)
+    is_silent = fault not in (OK, SERVO_FAULT, PORT_LOST)
     safety.silent[0] = safety.silent[0] + 1 if is_silent else 0
     failed = inputs.retries[0] - safety.retries[0]
     safety.retries[0] = inputs.retries[0]
     safety.bucket[0] = max(0.0, safety.bucket[0] + failed - limits.retries_per_tick)
     conditions[_BUS_RETRIES] = safety.bucket[0] > limits.retry_burst
     conditions[_BUS_SILENT] = is_silent
-    conditions[_BUS_DEAD] = safety.silent[0] >= limits.silent_ticks
+    conditions[BUS_DEAD] = safety.silent[0] >= limits.silent_ticks
     conditions[_PORT_LOST] = fault == PORT_LOST
 
 
 @compiled
 def _is_loaded(safety, load):
-    """Whether a joint has pushed for too long."""
-    pushing = False
+    """Whether a joint has pushed for too long, and not been free of it for as long since."""
+    longest = 0
     for j in range(load.shape[0]):
         is_high = math.fabs(load[j]) > safety.thresholds.max_load
-        safety.loaded[j] = safety.loaded[j] + 1 if is_high else 0
-        pushing |= is_pushing(safety, j)
-    return pushing
+        safety.loaded[j] = min(max(safety.loaded[j] + (1 if is_high else -1), 0), safety.thresholds.load_ticks)
+        if safety.loaded[j] in (0, safety.thresholds.load_ticks):
+            safety.overloaded[j] = safety.loaded[j] != 0
+        longest = max(longest, safety.overloaded[j])
+    return longest != 0

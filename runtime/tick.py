@@ -201,12 +201,29 @@ def _move(state, level):
     """One step of the path towards what the faults leave of the target, and the command that it gives."""
     flags = _heed(state, level)
     flags |= _step(state, state.goal, state.next_q, state.next_v)
-    is_outside = leaves(state.path_q, state.next_q, state.next_v, state.limits.a_max, state.period_s, state.workspace)
+    is_outside = _leaves(state)
     if is_outside:
-        flags = _brake(state, flags) | OUTSIDE
+        flags = _stay_inside(state, flags) | OUTSIDE
     note_late(state.safety, WORKSPACE, is_outside)
     _extend_path(state)
     return flags
+
+
+@compiled
+def _leaves(state):
+    """Whether the planned step leads the tool out of the workspace."""
+    return leaves(state.path_q, state.next_q, state.next_v, state.limits.a_max, state.period_s, state.workspace)
+
+
+@compiled
+def _stay_inside(state, flags):
+    """Plan the step that brakes instead, all joints but those that give way; them too where that would lead out."""
+    if flags & GAVE_WAY != 0:
+        fill_values(state.goal, np.nan)
+        flags |= _give_way(state) | _step(state, state.goal, state.next_q, state.next_v)
+        if not _leaves(state):
+            return flags
+    return _brake(state, flags & ~GAVE_WAY)
 
 
 @compiled
@@ -233,7 +250,7 @@ def _give_way(state):
     """
     flags = 0
     for j in range(state.goal.shape[0]):
-        if is_pushing(state.safety, j):
+        if is_pushing(state.safety, j, state.measured_load[j]):
             state.goal[j] = state.measured_q[j]
             speed = GIVE_WAY_HZ * abs(state.path_q[j] - state.measured_q[j])
             state.v_max[j] = min(state.limits.v_max[j], speed)

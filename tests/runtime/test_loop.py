@@ -11,6 +11,7 @@ import pytest
 from onbeat.drivers.feetech.errors import NoReply, PortLost
 from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import JointState
+from onbeat.runtime.faults import Fault
 from onbeat.runtime.loop import SILENCE_NS, ControlLoop, LoopFault, compile_ahead, next_deadline
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.record import TickLog
@@ -50,11 +51,11 @@ class ShakyBus(FakeBus):
 class Rig:
     """A loop on a fake bus behind a mailbox."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: JointLimits = LIMITS) -> None:
         self.bus = ShakyBus()
         self.log = TickLog()
         self.history = StateHistory(len(JOINTS))
-        self.state = new_tick_state(LIMITS, rate_hz=RATE_HZ, rows=16)
+        self.state = new_tick_state(limits, rate_hz=RATE_HZ, rows=16)
         self.loop = ControlLoop(self.state, self.bus, history=self.history)
         self.loop.read_first()
 
@@ -100,6 +101,18 @@ class TestFaults:
         with pytest.raises(LoopFault, match=r"no good exchange.*servo 3 did not reply.*check its cable"):
             rig.run(30.0)
         assert rig.loop.status.faulty_ticks >= SILENCE_NS // PERIOD_NS
+
+    def test_dead_servos_are_told_to_rest_before_the_loop_leaves_them(self):
+        """At 3 rad/s^2 that takes longer than to give the bus up."""
+        rig = Rig(LIMITS._replace(v_max=np.full(2, 1.5), a_max=np.full(2, 3.0)))
+        rig.bus.faults = {n: NoReply("servo 3 did not reply") for n in range(110, 1000)}
+        with pytest.raises(LoopFault, match="no good exchange"):
+            rig.run(30.0, rig.sway)
+        goals = rig.log.records()["goal_rad"]
+        speed = np.diff(goals, axis=0) * RATE_HZ
+        assert np.abs(speed).max() > 1.2
+        assert (goals[-1] == goals[-2]).all()
+        assert np.abs(np.diff(speed, axis=0)).max() <= 3.0 / RATE_HZ * (1 + 1e-9)
 
     def test_actuators_that_hang_stop_it_too(self):
         rig, release = Rig(), threading.Event()
@@ -171,6 +184,16 @@ class TestStop:
         assert np.abs(speed).max() > 0.5
         assert np.abs(np.diff(speed, axis=0)).max() <= 20.0 / RATE_HZ * (1 + 1e-9)
         assert (goals[-1] == goals[-2]).all()
+
+    def test_an_arm_that_pushes_is_not_left_pushing(self):
+        rig = Rig()
+        rig.bus.step_rad = 0.0  # nothing moves, and the load is how far the goal is away
+        ticks = rig.run(0.8, rig.sway)
+        assert np.abs(ticks["load"]).max() > 0.9
+        is_pushing, is_stopping = (ticks["faults"] >> fault & 1 for fault in (Fault.SERVO_LOAD, Fault.STOP_REQUESTED))
+        assert (is_stopping >= is_pushing).all(), "it was told to stop before that was a fault"
+        assert np.abs(rig.state.measured_load).max() <= 0.75
+        assert (ticks["goal_rad"][-1] == ticks["goal_rad"][-2]).all()
 
     def test_a_chunk_that_comes_after_the_stop_does_not_move_it(self):
         rig = Rig()

@@ -181,6 +181,24 @@ class TestDetectors:
         assert bench.tick(200) == Level.OK
         assert onsets(bench.safety)["SERVO_LOAD"] == 0
 
+    @pytest.mark.parametrize(("high", "low", "is_fault"), [(1, 1, False), (2, 3, False), (3, 1, True)])
+    def test_a_push_counts_when_it_is_there_more_often_than_not(self, high: int, low: int, is_fault: bool):
+        bench = Bench()
+        for _ in range(100):
+            for load, ticks in ((1.0, high), (0.0, low)):
+                bench.load[0] = load
+                bench.tick(ticks)
+        assert bench.is_there(Fault.SERVO_LOAD) is is_fault
+
+    def test_a_push_is_over_when_the_joint_was_free_for_as_long(self):
+        bench = Bench()
+        push(bench)
+        bench.tick(30)
+        bench.load[2] = 0.0
+        assert bench.tick(round(LOAD_TIME_S / PERIOD_S) - 1) == Level.SLOW
+        bench.tick(round(ROW[Fault.SERVO_LOAD].clears_after_s / PERIOD_S) + 1)
+        assert bench.tick() == Level.OK
+
     def test_as_far_behind_as_is_allowed_is_no_fault(self):
         bench = Bench(SafetySettings(max_behind_rad=(0.1,) * JOINTS))
         for sign in (1, -1):

@@ -219,6 +219,28 @@ class TestPushing:
         assert 0.0 < drive.loads[-1] <= 0.75
         assert_inside(np.array(drive.commands))
 
+    @pytest.mark.parametrize("full_rad", [0.003, 0.03, 0.3], ids=["stiff", "ordinary", "soft"])
+    def test_a_policy_that_goes_on_pushing_is_held(self, full_rad: float):
+        drive = Wall(full_rad)
+        for _ in range(16):
+            drive.chunk(HOME + ROLL)
+            drive.push(50)
+        assert drive.longest_overload_s() < 1.75
+        slow = next(k for k, flags in enumerate(drive.flags) if flags & SLOWED)
+        hold = next(k for k, flags in enumerate(drive.flags) if flags & STOPPED)
+        assert hold - slow == pytest.approx(ROW[Fault.SERVO_LOAD].then_after_s / DT, abs=1)
+        assert_inside(np.array(drive.commands))
+
+    def test_it_gives_way_at_the_edge_of_the_workspace_too(self):
+        """The other joints' targets lead under the table, and that brakes them all."""
+        drive = Wall(0.3)
+        drive.chunk(np.array([0.0, 0.9, 0.6, 0.8, 1.0, 0.4]))
+        drive.push(500)
+        both = [flags for flags in drive.flags if flags & OUTSIDE and flags & GAVE_WAY]
+        assert both
+        assert drive.loads[-1] <= 0.75
+        assert_inside(np.array(drive.commands))
+
     def test_a_grip_is_eased_and_not_opened(self):
         drive = Wall(0.3)
         drive.chunk(HOME + ROLL)
