@@ -1,7 +1,7 @@
 """`FeetechBus`: the joints of an arm on one Feetech STS3215 bus. Opens the port, asks who is there, reads, writes."""
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from onbeat.drivers.feetech import errors, protocol
 from onbeat.drivers.feetech.exchange import Wire, drain, exchange_joints, transact
-from onbeat.drivers.feetech.tables import CENTRE_STEP, MAX_ID, MODEL_NUMBER, REGISTER, Instruction, Status
+from onbeat.drivers.feetech.tables import (
+    BROADCAST_ID,
+    CENTRE_STEP,
+    MAX_ID,
+    MAX_STEP,
+    MODEL_NUMBER,
+    REGISTER,
+    RETURN_DELAY_UNIT_NS,
+    Instruction,
+    Status,
+)
 from onbeat.drivers.interfaces import JointState
 from onbeat.kernels.clock import new_timespec
 
@@ -34,7 +44,7 @@ class JointCalibration:
 class BusSettings:
     """timeout_ms: of one attempt; six servos take 1.1 ms at 1 Mbaud, the rest is the adapter's and the kernel's.
 
-    settle_ms: how long the line must be silent after a fault before the next attempt. retries: after the first attempt.
+    settle_ms: for how long after a fault what comes is discarded, before the next attempt. retries: after the first.
     release_on_close: torque off when the bus closes; else the arm holds its last goal.
     """
 
@@ -62,12 +72,12 @@ _TEXT_OF_FAULT = {
     protocol.BAD_REPLY: "sent something that is no reply to this request",
 }
 # The gravest first: one error names one of them.
-_ERROR_OF_STATUS: tuple[tuple[Status, type[errors.ServoFault]], ...] = (
-    (Status.OVERLOAD, errors.ServoOverload),
-    (Status.TEMPERATURE, errors.ServoOverheat),
-    (Status.CURRENT, errors.ServoOvercurrent),
-    (Status.VOLTAGE, errors.ServoVoltage),
-    (Status.SENSOR | Status.ANGLE, errors.ServoSensor),
+_SERVO_FAULTS: tuple[type[errors.ServoFault], ...] = (
+    errors.ServoOverload,
+    errors.ServoOverheat,
+    errors.ServoOvercurrent,
+    errors.ServoVoltage,
+    errors.ServoSensor,
 )
 # What a request for the model number reads as when it is taken for its reply: its address, then its size.
 ECHOED_MODEL = REGISTER["model_number"].address | REGISTER["model_number"].size << 8
@@ -116,6 +126,7 @@ class FeetechBus:
 
     joints: name -> where its servo is, in the order of every array. Opening pings every servo; it raises NotAServoBus
     when none answers, PortEchoes when the port itself does, and ServoMissing, with joint and id, when some do not.
+    return_delay_ns: (J,), of each servo, as its register said then.
     `wire` and `exchange.exchange_joints` are all that a compiled loop needs to run the bus by itself. One thread at a
     time.
     """
@@ -126,6 +137,7 @@ class FeetechBus:
         self.joints = tuple(joints)
         self._calibration = dict(joints)
         self._no_goal = np.zeros(len(joints))
+        self.return_delay_ns: tuple[int, ...] = ()
         self._serial = open_port(port, self.settings.baud_rate)
         self.wire = allocate_wire(self._serial.fileno(), joints, self.settings)
         try:
@@ -167,17 +179,19 @@ class FeetechBus:
         self._finish(exchange_joints(self.wire, goal_rad, True, True), into)
 
     def enable(self, on: bool, /) -> None:
-        """Torque on or off for all joints, each confirmed by its servo. On: the arm holds where it is."""
+        """Torque on or off for all joints, each confirmed by its servo. Raises BusError.
+
+        On: the arm holds where it is, and none gets torque before every servo has confirmed that goal. Off: TorqueStays
+        names every servo that did not confirm; all were told.
+        """
         if on:
-            self._finish(exchange_joints(self.wire, self._no_goal, False, True), None)
-            self._finish(exchange_joints(self.wire, self.wire.position_rad, True, False), None)
-        for joint in self.joints:
-            self.write_register(joint, "torque_enable", int(on))
+            self._hold()
+        else:
+            self._relax()
 
     def ping(self, servo_id: int) -> bool:
         """Is a servo with this id there? Its own fault bits do not matter here."""
-        self.wire.outgoing[:6] = np.frombuffer(protocol.encode_packet(servo_id, Instruction.PING), np.uint8)
-        received = transact(self.wire, 6, 6)
+        received = self._send(protocol.encode_packet(servo_id, Instruction.PING), protocol.OVERHEAD)
         fault, _ = protocol.decode_status(bytes(self.wire.incoming[: max(received, 0)]), servo_id, 0)
         return received == 6 and fault == protocol.OK
 
@@ -209,6 +223,38 @@ class FeetechBus:
         finally:
             self._serial.close()
 
+    def _hold(self) -> None:
+        self._finish(exchange_joints(self.wire, self._no_goal, False, True), None)
+        for joint, angle_rad in zip(self.joints, self.wire.position_rad.tolist(), strict=True):
+            servo = self._calibration[joint]
+            steps = protocol.steps_of_rad(angle_rad, servo.zero_steps, servo.direction)
+            if not 0 <= steps <= MAX_STEP:
+                raise self._error(protocol.GOAL_REFUSED, joint)
+            self.write_register(joint, "goal_position", steps)
+        for joint in self.joints:
+            self.write_register(joint, "torque_enable", 1)
+
+    def _relax(self) -> None:
+        everyone = b"".join(bytes((servo.servo_id, 0)) for servo in self.servos)
+        parameters = bytes((REGISTER["torque_enable"].address, 1)) + everyone
+        for _ in range(2):  # nobody confirms it
+            self._send(protocol.encode_packet(BROADCAST_ID, Instruction.SYNC_WRITE, parameters), 0)
+        silent = [joint for joint in self.joints if not self._confirms_release(joint)]
+        if silent:
+            raise errors.TorqueStays(f"servo {self._named(silent)} on {self.port} did not confirm that torque is off")
+
+    def _confirms_release(self, joint: str) -> bool:
+        try:
+            self.write_register(joint, "torque_enable", 0)
+        except errors.PortLost:
+            raise
+        except errors.BusError:
+            return False
+        return True
+
+    def _named(self, joints: Iterable[str]) -> str:
+        return ", ".join(f"{self._calibration[joint].servo_id} ({joint})" for joint in joints)
+
     def _write_one(self, joint: str, name: str, value: int) -> None:
         self._ask(joint, Instruction.WRITE, bytes((REGISTER[name].address,)) + protocol.encode_register(name, value), 0)
 
@@ -218,8 +264,7 @@ class FeetechBus:
         packet = protocol.encode_packet(servo_id, instruction, parameters)
         fault = protocol.NO_REPLY
         for _ in range(1 + self.settings.retries):
-            self.wire.outgoing[: len(packet)] = np.frombuffer(packet, np.uint8)
-            received = transact(self.wire, len(packet), reply_size + protocol.OVERHEAD)
+            received = self._send(packet, reply_size + protocol.OVERHEAD)
             if received < 0:
                 self.wire.counts[protocol.PORT_LOST] += 1
                 raise self._error(protocol.PORT_LOST, joint)
@@ -229,6 +274,11 @@ class FeetechBus:
                 return reply.parameters
             drain(self.wire, self.wire.limits[1])
         raise self._error(fault, joint)
+
+    def _send(self, packet: bytes, reply_length: int) -> int:
+        """How many bytes of the reply came, -1 when the port is gone."""
+        self.wire.outgoing[: len(packet)] = np.frombuffer(packet, np.uint8)
+        return transact(self.wire, len(packet), reply_length)
 
     def _finish(self, outcome: int, into: JointState | None) -> None:
         fault = outcome & 15
@@ -245,7 +295,7 @@ class FeetechBus:
         return self._error(outcome & 15, self.joints[outcome >> 4])
 
     def _error(self, fault: int, joint: str) -> errors.BusError:
-        servo = f"servo {self._calibration[joint].servo_id} ({joint})"
+        servo = f"servo {self._named((joint,))}"
         if fault == protocol.PORT_LOST:
             return errors.PortLost(f"{self.port} is gone")
         if fault == protocol.GOAL_REFUSED:
@@ -259,14 +309,16 @@ class FeetechBus:
         if len(silent) == len(self.joints):
             raise errors.NotAServoBus(f"no servo answers on {self.port}")
         if silent:
-            named = ", ".join(f"{self._calibration[joint].servo_id} ({joint})" for joint in silent)
-            raise errors.ServoMissing(f"no answer on {self.port} from servo {named}")
+            raise errors.ServoMissing(f"no answer on {self.port} from servo {self._named(silent)}")
         for joint in self.joints:
             model = self.read_register(joint, "model_number")
             if model == ECHOED_MODEL:
                 raise errors.PortEchoes(f"{self.port} gives back what is sent to it, and nothing else")
             if model != MODEL_NUMBER:
                 raise errors.NotAServoBus(f"{joint} on {self.port} is a model {model}, not an STS3215 ({MODEL_NUMBER})")
+        self.return_delay_ns = tuple(
+            self.read_register(joint, "return_delay") * RETURN_DELAY_UNIT_NS for joint in self.joints
+        )
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -283,7 +335,7 @@ class FeetechBus:
 
 
 def _servo_fault(servo: str, status: Status) -> errors.ServoFault:
-    for bits, error in _ERROR_OF_STATUS:
-        if status & bits:
+    for error in _SERVO_FAULTS:
+        if status & error.status:
             return error(f"{servo} reports {status.name or int(status)}")
     return errors.ServoFault(f"{servo} reports status {int(status)}")

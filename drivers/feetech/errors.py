@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from onbeat.drivers.feetech.tables import Status
 from onbeat.embodiment.errors import OnbeatError
 
 
@@ -92,25 +93,41 @@ class GoalRefused(BusError):
     remedy = "check the limits and the calibration of the joint"
 
 
+class TorqueStays(BusError):
+    """Torque was switched off, and some servos did not confirm that theirs is."""
+
+    remedy = "cut the power of the servos before you go near the arm, then check cable and power"
+
+
 class ServoFault(BusError):
-    """A servo reports a fault of its own in a reply that is otherwise good; what it sent was stored before this."""
+    """A servo reports a fault of its own in a reply that is otherwise good; what it sent was stored before this.
+
+    status: the bits that say so.
+    """
+
+    status: ClassVar[Status] = Status(0)
 
 
 class ServoOverload(ServoFault):
+    status = Status.OVERLOAD
     remedy = "free the joint, let it rest, then switch torque off and on"
 
 
 class ServoOverheat(ServoFault):
+    status = Status.TEMPERATURE
     remedy = "switch torque off and let the servo cool below its limit"
 
 
 class ServoVoltage(ServoFault):
+    status = Status.VOLTAGE
     remedy = "check the supply: its voltage is outside the servo's limits"
 
 
 class ServoOvercurrent(ServoFault):
+    status = Status.CURRENT
     remedy = "look for a jammed joint or a shorted cable, then switch torque off and on"
 
 
 class ServoSensor(ServoFault):
+    status = Status.SENSOR | Status.ANGLE
     remedy = "the encoder fails: replace the servo"

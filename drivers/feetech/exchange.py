@@ -46,7 +46,7 @@ class Wire(NamedTuple):
     ids, zero_steps, direction: (J,), one servo each. position_rad, velocity_rad_s, load, status, temperature_c: (J,),
     newest answer.
     t_ns: [0] monotonic clock, middle of the newest good exchange. counts: by fault code of `protocol`.
-    limits: [0] time-out ns, [1] how long the line must be silent after a fault, ns, [2] retries.
+    limits: [0] time-out ns, [1] for how long after a fault what comes is discarded, ns, [2] retries.
     """
 
     fd: int
@@ -99,14 +99,15 @@ def read_some(wire: Wire, start: int, end: int) -> int:
 
 
 @compiled
-def drain(wire: Wire, silence_ns: int) -> int:
-    """Discard input until the line was silent for `silence_ns`; returns bytes discarded, -1 when the port is gone.
+def drain(wire: Wire, for_ns: int) -> int:
+    """Discard what comes within `for_ns` and what lies there then; returns bytes discarded, -1 when the port is gone.
 
-    A line that never falls silent is left after MAX_DRAIN_READS, so that noise cannot keep the loop.
+    A line that never falls silent is left in time and after MAX_DRAIN_READS, so that noise cannot keep the loop.
     """
+    deadline_ns = monotonic_ns(wire.timespec) + for_ns
     discarded = 0
     for _ in range(MAX_DRAIN_READS):
-        ready = wait_ready(wire, _POLLIN, silence_ns)
+        ready = wait_ready(wire, _POLLIN, deadline_ns - monotonic_ns(wire.timespec))
         if ready <= 0:
             return ready if ready < 0 else discarded
         count = read_some(wire, 0, wire.incoming.size)
@@ -175,7 +176,7 @@ def exchange_joints(wire: Wire, goal_rad: NDArray[np.float64], writes: bool, rea
     """Send goals (J,) in rad when `writes`, then read every joint when `reads`, in one burst.
 
     Returns OK or fault + 16 joint, as `take_states`; nothing is sent on GOAL_REFUSED. A wire fault is retried within
-    limits[2] after the line fell silent; every fault is counted.
+    limits[2]; every fault is counted. Takes (limits[0] + limits[1]) * (1 + limits[2]) at most.
     """
     length = 0
     if writes:

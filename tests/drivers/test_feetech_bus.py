@@ -1,19 +1,23 @@
 """The bus against servos on a pty: what it reads and writes, and one error for each way in which a wire fails."""
 
 import os
+import socket
 import threading
 import time
 import tty
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from numba import njit
 
 from onbeat.drivers.feetech import errors
-from onbeat.drivers.feetech.device import BusSettings, FeetechBus, JointCalibration
+from onbeat.drivers.feetech.device import BusSettings, FeetechBus, JointCalibration, allocate_wire
 from onbeat.drivers.feetech.exchange import Wire, exchange_joints
-from onbeat.drivers.feetech.tables import Status
+from onbeat.drivers.feetech.pace import BusPace, RateTooHigh
+from onbeat.drivers.feetech.protocol import OK, PORT_LOST
+from onbeat.drivers.feetech.tables import BROADCAST_ID, REGISTER, Instruction, Status
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.drivers.twin.servos import Answer
 
@@ -276,3 +280,96 @@ def test_a_failed_open_gives_the_port_back(far, joints) -> None:
     with pytest.raises(errors.ServoMissing):
         FeetechBus(far.port, {**joints, "x": JointCalibration(9)}, BusSettings(retries=0))
     FeetechBus(far.port, joints).close()
+
+
+def losing(lost: Callable[[bytes], bool], feed: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A far end that never sees the packets that are `lost`."""
+    return lambda data, now_ns=0: feed(b"".join(packet for packet in packets(data) if not lost(packet)), now_ns)
+
+
+def packets(data: bytes) -> Iterator[bytes]:
+    while data:
+        end = data[3] + 4
+        yield data[:end]
+        data = data[end:]
+
+
+def writes(name: str, *ids: int) -> Callable[[bytes], bool]:
+    """Whether a packet writes a register of one of these servos, BROADCAST_ID for a sync write."""
+    kinds = (Instruction.WRITE, Instruction.SYNC_WRITE)
+    return lambda data: data[2] in ids and data[4] in kinds and data[5] == REGISTER[name].address
+
+
+@pytest.mark.parametrize("target", [BROADCAST_ID, 4])
+def test_no_torque_without_a_goal_that_arrived(far, joints, target: int, monkeypatch) -> None:
+    for servo in far.bank.servos:
+        servo.put("goal_position", 1000)
+    monkeypatch.setattr(far, "feed", losing(writes("goal_position", target), far.feed))
+    with FeetechBus(far.port, joints, BusSettings(retries=1)) as bus, suppress(errors.NoReply):
+        bus.enable(True)
+    torque = {s.servo_id: s.get("torque_enable") for s in far.bank.servos}
+    at_rest = {s.servo_id for s in far.bank.servos if s.get("goal_position") == s.get("present_position")}
+    assert {servo_id for servo_id, on in torque.items() if on} <= at_rest
+    assert sum(torque.values()) == (6 if target == BROADCAST_ID else 0)
+
+
+def test_an_arm_off_the_turn_of_a_servo_gets_no_torque(far) -> None:
+    joints = {"a": JointCalibration(1), "b": JointCalibration(2)}
+    with FeetechBus(far.port, joints) as bus:
+        far.bank.servos[1].put("present_position", -3)
+        with pytest.raises(errors.GoalRefused, match="of b"):
+            bus.enable(True)
+    assert [s.get("torque_enable") for s in far.bank.servos] == [0] * 6
+
+
+def test_torque_off_reaches_all_whoever_is_silent(far, joints, monkeypatch) -> None:
+    with FeetechBus(far.port, joints, BusSettings(retries=1)) as bus:
+        bus.enable(True)
+        monkeypatch.setattr(far, "feed", losing(writes("torque_enable", 1, 4), far.feed))
+        with pytest.raises(errors.TorqueStays, match=r"servo 1 \(shoulder_pan\), 4 \(wrist_flex\).*cut the power"):
+            bus.enable(False)
+    assert [s.get("torque_enable") for s in far.bank.servos] == [0] * 6
+
+
+def test_torque_off_is_confirmed_where_what_is_told_to_all_is_lost(far, joints, monkeypatch) -> None:
+    with FeetechBus(far.port, joints, BusSettings(retries=1)) as bus:
+        bus.enable(True)
+        monkeypatch.setattr(far, "feed", losing(writes("torque_enable", BROADCAST_ID, 3), far.feed))
+        with pytest.raises(errors.TorqueStays, match=r"servo 3 \(elbow_flex\) "):
+            bus.enable(False)
+    assert [s.get("torque_enable") for s in far.bank.servos] == [0, 0, 1, 0, 0, 0]
+
+
+def test_return_delays_count_in_the_pace(far, joints) -> None:
+    for servo in far.bank.servos[1:]:
+        servo.put("return_delay", 250)
+    with FeetechBus(far.port, joints) as bus:
+        assert bus.return_delay_ns == (0, *(500_000,) * 5)
+        with pytest.raises(
+            RateTooHigh, match=r"return delays take 2500 us.*return_delay .*to 0, or loop_rate_hz to 190"
+        ):
+            BusPace.of(bus).check(200)
+
+
+def test_a_line_that_never_falls_silent_keeps_nobody(joints) -> None:
+    near, far_end = socket.socketpair()
+    settings = BusSettings(timeout_ms=10.0, settle_ms=10.0, retries=0)
+    stop = threading.Event()
+
+    def babble() -> None:
+        while not stop.wait(0.002):
+            far_end.send(b"\x00")
+
+    thread = threading.Thread(target=babble)
+    thread.start()
+    wire, took_s = allocate_wire(near.fileno(), joints, settings), list[float]()
+    for _ in range(5):
+        begin_s = time.monotonic()
+        outcome = exchange_joints(wire, np.zeros(6), True, True)
+        took_s.append(time.monotonic() - begin_s)
+        assert outcome & 15 not in (OK, PORT_LOST)
+    stop.set()
+    thread.join()
+    near.close()
+    far_end.close()
+    assert min(took_s[1:]) < 0.06, "20 ms; 64 bytes that are 2 ms apart take 128"
