@@ -5,6 +5,7 @@ is the embodiment's (`onbeat.embodiment`); here is what this machine and this ar
 """
 
 import difflib
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.calibration.joints import FACTORY
+from onbeat.calibration.joints import FACTORY, load_joints
+from onbeat.drivers.feetech.device import BusSettings, FeetechBus, JointCalibration
 from onbeat.drivers.feetech.pace import BusPace
+from onbeat.drivers.feetech.packets import rad_of_steps, steps_of_rad
+from onbeat.drivers.feetech.tables import MAX_STEP
 from onbeat.embodiment.chains import CHAINS
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.embodiment.schema import Embodiment, load_embodiment
@@ -59,8 +63,8 @@ class RobotConfig:
     the next, 0 for as often as inference can. blend_steps: over which a new chunk fades in at most.
 
     on_exit: "hold" (torque stays on), "relax" (torque off, an arm falls) or "park" (to park_q, rad per joint, at
-    park_speed_rad_s, then torque off): at the end of a run, and when the guardian finds the runtime dead. missed_beats:
-    ticks without a sign of life after which it does.
+    park_speed_rad_s, the fastest joint's at its fastest, then torque off): at the end of a run, and when the guardian
+    finds the runtime dead. missed_beats: ticks without a sign of life after which it does.
     """
 
     name: str
@@ -199,7 +203,44 @@ def build_robot(config: RobotConfig) -> Robot:
         raise RobotError(f"{config.name}: the state of '{embodiment.name}' is not its joints: choose another")
     _check_config(config, len(embodiment.joints))
     BusPace(len(embodiment.joints), config.baud_rate).check(config.loop_rate_hz)
-    return Robot(config, embodiment, embodiment.joints, _limits(config, embodiment))
+    robot = Robot(config, embodiment, embodiment.joints, _limits(config, embodiment))
+    if config.on_exit == PARK:
+        _check_parking(robot)
+    return robot
+
+
+def open_bus(robot: Robot) -> FeetechBus:
+    """The robot's servo bus, checked to reach its limits and to carry its rate: nothing has torque of it.
+
+    Raises CalibrationError, RobotError, BusError, RateTooHigh.
+    """
+    config = robot.config
+    servos = load_joints(Path(config.calibration), robot.joints)
+    check_reach(robot, servos)
+    bus = FeetechBus(config.port, servos, BusSettings(baud_rate=config.baud_rate, retries=config.bus_retries))
+    try:
+        BusPace.of(bus).check(config.loop_rate_hz)
+    except BaseException:
+        bus.close()
+        raise
+    return bus
+
+
+def check_reach(robot: Robot, servos: Mapping[str, JointCalibration]) -> None:
+    """Raises RobotError where a limit is no step of its joint's servo: such a goal is sent to no joint at all.
+
+    servos: name -> where it is, in the order of the joints.
+    """
+    for name, low, high in zip(robot.joints, *(bound.tolist() for bound in robot.limits[:2]), strict=True):
+        zero, direction = servos[name].zero_steps, servos[name].direction
+        if all(0 <= steps_of_rad(limit, zero, direction) <= MAX_STEP for limit in (low, high)):
+            continue
+        least, most = sorted(rad_of_steps(step, zero, direction) for step in (0, MAX_STEP))
+        raise RobotError(
+            f"{robot.config.name}: {name} may move from {low:.3g} to {high:.3g} rad, and with zero_steps = {zero} in "
+            f"{robot.config.calibration} its servo turns only {least:.3f} to {most:.3f} rad: set the servo's middle "
+            "anew and correct that file, or cut q_min and q_max in the robot file"
+        )
 
 
 def _check_config(config: RobotConfig, joints: int) -> None:
@@ -215,6 +256,24 @@ def _check_config(config: RobotConfig, joints: int) -> None:
         raise RobotError(f"{config.name}: max_behind_rad is 0 or more for each of {joints} joints, or empty")
     if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or min(config.execute_steps, config.blend_steps) < 0:
         raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, *_steps 0 or more")
+    if len(config.park_q) not in (0, joints) or not 0 < config.park_speed_rad_s < math.inf:
+        raise RobotError(f"{config.name}: park_q is rad for each of {joints} joints, park_speed_rad_s above 0")
+
+
+def _check_parking(robot: Robot) -> None:
+    config, limits = robot.config, robot.limits
+    if not config.park_q:
+        raise RobotError(f"{config.name}: on_exit = '{PARK}' needs park_q, rad per joint: give it, or another on_exit")
+    for name, q, low, high in zip(robot.joints, config.park_q, limits.q_min, limits.q_max, strict=True):
+        if not low <= q <= high:
+            raise RobotError(
+                f"{config.name}: park_q of {name} is {q:g} rad, outside its range: give {low:.3f} to {high:.3f}"
+            )
+    if config.park_speed_rad_s > limits.v_max.min():
+        raise RobotError(
+            f"{config.name}: park_speed_rad_s = {config.park_speed_rad_s:g} is faster than every joint may move, and "
+            f"any may be the one that has the farthest to go: set it to {limits.v_max.min():g} or less"
+        )
 
 
 def _limits(config: RobotConfig, embodiment: Embodiment) -> JointLimits:
