@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.drivers.feetech.errors import GoalRefused
+from onbeat.drivers.feetech.errors import GoalRefused, ServoFault
 from onbeat.drivers.interfaces import JointState
 
 
 class FakeBus:
     """Joints that follow their goals. step_rad: how far a joint moves per read. clock: stamps, monotonic ns.
 
-    fault: raised once by the next read or write, then forgotten. goals: every goal written, copies of (J,).
+    fault: raised once by the next read or write, then forgotten; a ServoFault by the next read, which fills its state
+    before, as on the bus. goals: every goal written, copies of (J,).
     """
 
     def __init__(
@@ -46,6 +47,9 @@ class FakeBus:
         into.position_rad[:] = self.position_rad
         into.velocity_rad_s[:] = moved
         into.load[:] = np.clip(wanted - moved, -1.0, 1.0)
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
 
     def write(self, goal_rad: NDArray[np.float64]) -> None:
         """Take goals (J,) in rad. Raises GoalRefused, as the bus does, outside one turn or when not finite."""
@@ -77,7 +81,7 @@ class FakeBus:
         self.is_open = False
 
     def _raise_fault(self) -> None:
-        fault, self.fault = self.fault, None
-        if fault is not None:
+        if self.fault is not None and not isinstance(self.fault, ServoFault):
+            fault, self.fault = self.fault, None
             raise fault
         self._exchanges += 1

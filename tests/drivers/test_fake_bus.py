@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onbeat.drivers.feetech.errors import GoalRefused, NoReply
+from onbeat.drivers.feetech.errors import GoalRefused, NoReply, ServoOverload
 from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.interfaces import Actuators, JointState
 
@@ -54,6 +54,17 @@ def test_a_fault_is_raised_once(pair: JointState) -> None:
         bus.read(pair)
     bus.read(pair)
     assert bus.faults() == {"ok": 1}
+
+
+def test_a_fault_of_a_servo_comes_with_its_state(pair: JointState) -> None:
+    bus = FakeBus(("a", "b"), step_rad=0.1, clock=lambda: 42)
+    bus.enable(True)
+    bus.fault = ServoOverload("servo 1 reports OVERLOAD")
+    bus.write(np.array([0.1, 0.0]))
+    with pytest.raises(ServoOverload):
+        bus.read(pair)
+    assert (pair.t_ns, pair.position_rad[0]) == (42, 0.1)
+    bus.read(pair)
 
 
 def test_is_actuators_and_closes() -> None:
