@@ -16,7 +16,6 @@ from onbeat.drivers.feetech.tables import (
     BROADCAST_ID,
     CENTRE_STEP,
     MAX_ID,
-    MAX_STEP,
     MODEL_NUMBER,
     REGISTER,
     RETURN_DELAY_UNIT_NS,
@@ -225,11 +224,9 @@ class FeetechBus:
 
     def _hold(self) -> None:
         self._finish(exchange_joints(self.wire, self._no_goal, False, True), None)
-        for joint, angle_rad in zip(self.joints, self.wire.position_rad.tolist(), strict=True):
-            servo = self._calibration[joint]
+        self._finish(exchange_joints(self.wire, self.wire.position_rad, True, False), None)  # nobody confirms it
+        for joint, servo, angle_rad in zip(self.joints, self.servos, self.wire.position_rad.tolist(), strict=True):
             steps = protocol.steps_of_rad(angle_rad, servo.zero_steps, servo.direction)
-            if not 0 <= steps <= MAX_STEP:
-                raise self._error(protocol.GOAL_REFUSED, joint)
             self.write_register(joint, "goal_position", steps)
         for joint in self.joints:
             self.write_register(joint, "torque_enable", 1)
