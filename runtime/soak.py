@@ -11,7 +11,7 @@ says it did. Faults come from a schedule that the seed makes, at the far end of 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from onbeat.embodiment.slots import suggest
 from onbeat.runtime.command_line import HelpWithDefaults
 from onbeat.runtime.faults import Fault
 from onbeat.runtime.robots import HOLD, RELAX, Robot, as_json, build_robot, load_robot
-from onbeat.runtime.soak_report import Story, Wire, as_text, fired_of, judge
+from onbeat.runtime.soak_reactions import made_of
+from onbeat.runtime.soak_report import Story, Wire, as_text, judge
 from onbeat.runtime.soak_runner import Runner, SoakFailed, Told
 from onbeat.runtime.soak_schedule import ENDINGS, GUARDIANS, TIMES, Due, Kind, all_lanes, end_of, schedule
 from onbeat.runtime.soak_session import Act, Leg
@@ -63,7 +64,7 @@ def soak_robot() -> Robot:
 @dataclass(slots=True)
 class Legs:
     """Makes and runs the legs on one twin. repeated: what a busy machine ended, and was run once more. hidden: faults
-    that it kept from firing often enough."""
+    that it kept from firing often enough. made: how soon each that was made was found, None: not in its own time."""
 
     runner: Runner
     robot: Robot
@@ -72,6 +73,7 @@ class Legs:
     folder: Path
     repeated: list[Told] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
+    made: Callable[[Sequence[Told], float], Mapping[Kind, Sequence[float | None]]] = made_of
 
     def run(
         self, name: str, seconds: float, dues: Sequence[Due], check: Callable[[Told], None], on_exit: str = HOLD
@@ -92,8 +94,8 @@ class Legs:
         """Legs for what was made in the long one and did not fire often enough, as a busy machine hid it; few."""
         again: list[Told] = []
         while len(again) < AGAIN:
-            fired = fired_of([main, *again])
-            hidden = [kind for kind in dict.fromkeys(kinds) if fired[kind.fault.name] < TIMES]
+            made = self.made([main, *again], 1.0 / self.robot.config.loop_rate_hz)
+            hidden = [kind for kind in dict.fromkeys(kinds) if sum(s is not None for s in made.get(kind, ())) < TIMES]
             if not hidden:
                 break
             self.hidden |= {kind.fault.name for kind in hidden}

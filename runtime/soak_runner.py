@@ -33,9 +33,13 @@ class SoakFailed(OnbeatError):
 
 @dataclass(slots=True)
 class Told:
-    """What a leg told: the events of the runtime and of its guardian, and the memory of its process, MB."""
+    """What a leg told: the events of the runtime and of its guardian, and the memory of its process, MB.
+
+    dues: what was made in it.
+    """
 
     leg: Leg
+    dues: Sequence[Due] = ()
     ended: dict[str, Any] = field(default_factory=dict)
     guardian: dict[str, Any] = field(default_factory=dict)
     memory_mb: list[float] = field(default_factory=list)
@@ -111,7 +115,7 @@ class Runner:
         """One leg, with what its schedule wants of the wire and of the process, to its very end. Raises SoakFailed."""
         if self._worker is None:
             self._worker, self._spare = self._spare or Worker(self._log), None
-        told = Told(leg, from_ns=time.monotonic_ns())
+        told = Told(leg, dues, from_ns=time.monotonic_ns())
         self._worker.send(leg)
         while self._take(told, self._worker, dues):
             since_s = (time.monotonic_ns() - (told.moving_ns or told.from_ns)) * 1e-9

@@ -47,8 +47,8 @@ WIRE_LANE = (
     Kind(Fault.CAMERA_CLOCK, "wire", "clock_stalled", 0.35, 1.1),
     Kind(Fault.CAMERA_CLOCK, "wire", "clock_jumped", 0.35, 1.1),
     Kind(Fault.CAMERA_BLANK, "wire", "camera_blank", 0.3, 0.8),
-    Kind(Fault.BUS_RETRIES, "wire", "flaky", 0.6, 2.0),
-    Kind(Fault.BUS_SILENT, "wire", "silence", 0.08, 0.5),
+    Kind(Fault.BUS_RETRIES, "wire", "flaky", 0.2, 3.4),  # the bucket that it fills is empty after 3 s
+    Kind(Fault.BUS_SILENT, "wire", "silence", 0.12, 0.5),
     Kind(Fault.BUS_SILENT, "wire", "bad_checksum", 0.05, 0.4),
     Kind(Fault.BUS_SILENT, "wire", "short_reply", 0.05, 0.4),
     Kind(Fault.SERVO_LOAD, "wire", "loaded", 0.8, 1.5),

@@ -34,7 +34,7 @@ def is_caught(path: NDArray[np.float64], dt: float) -> bool:
     """By the judge, which sees the path in steps."""
     goals, bounds = np.rint(path / RAD_PER_STEP).astype(np.int64), np.array([V_MAX, A_MAX, J_MAX])
     starts = range(0, max(1, len(goals) - (WINDOW - WINDOW_STEP)), WINDOW_STEP)
-    return not all(is_explained(goals[start : start + WINDOW], bounds, dt) for start in starts)
+    return any(is_explained(goals[start : start + WINDOW], bounds, dt) is False for start in starts)
 
 
 def is_caught_by_differences(path: NDArray[np.float64], dt: float) -> bool:

@@ -3,9 +3,13 @@
 G goals, J joints, T ticks. Goals come in steps, as the servos got them. A step is 1.5 mrad, which is much of what a
 limit allows per period. So speed and acceleration are differences over strides of n periods too, where a step is
 little; and for jerk it is asked whether any path inside all limits rounds to these goals.
+
+A loop that never makes up for a deadline it missed may send a late goal, at once the one whose period has not passed
+yet, and then each at its own deadline: n goals after any one take at least n - 2 periods.
 """
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,9 +23,11 @@ STRIDES = (1, 2, 4, 8, 16)
 WINDOW, WINDOW_STEP = 256, 192  # goals that a path has to explain at once, and from one such window to the next
 PAUSE_NS = 100_000_000  # between two goals: a run has ended, and the next one begins where the arm is
 ROUNDING_STEPS = 0.5 + 1e-6
-INFEASIBLE = 2  # scipy.optimize.milp
+DECIDED = {0: True, 2: False}  # scipy.optimize.milp: a path was found, there is none; anything else tells nothing
 WORKSPACE_SLACK_M = 0.002  # what gets out between the poses that the runtime looks at: docs/decisions/0021
 REPORTED = (0, 50, 99, 100)  # percentiles
+BURSTS = (3, 4, 8, 16)  # goals that come after one: what comes at once, and what comes too fast for a while
+STILL_STEPS = 1  # a command that stands half-way between two steps may be rounded to either
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,8 @@ class WireLimits:
 class Violations:
     """How often a limit was broken by more than rounding to steps explains.
 
-    position, workspace: goals. velocity, acceleration: differences. jerk: windows of a joint's goals.
+    position, workspace: goals. velocity, acceleration: differences. jerk: windows of a joint's goals, out of `windows`;
+    undecided: those of which the solver could say neither that a path explains them nor that none does.
     """
 
     position: int = 0
@@ -51,13 +58,15 @@ class Violations:
     acceleration: int = 0
     jerk: int = 0
     workspace: int = 0
+    undecided: int = 0
+    windows: int = 0
 
     def __add__(self, other: "Violations") -> "Violations":
         return Violations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, f.name) for f in fields(self))
+        return self.position + self.velocity + self.acceleration + self.jerk + self.workspace
 
 
 def runs(goals: NDArray[np.void]) -> list[NDArray[np.void]]:
@@ -78,12 +87,15 @@ def judge_run(steps: NDArray[np.int64], limits: WireLimits) -> Violations:
     q: NDArray[np.float64] = (steps - CENTRE_STEP) * np.float64(RAD_PER_STEP)
     outside = (q < limits.q_min - RAD_PER_STEP) | (q > limits.q_max + RAD_PER_STEP)
     too_fast, too_hard = _differences(q, 1, limits.v_max, limits), _differences(q, 2, limits.a_max, limits)
+    answers = list(_ask_windows(steps, limits, np.concatenate([too_fast, too_hard])))
     return Violations(
         position=int(np.count_nonzero(outside.any(axis=1))),
         velocity=len(too_fast),
         acceleration=len(too_hard),
-        jerk=_count_unexplained(steps, limits, np.concatenate([too_fast, too_hard])),
+        jerk=answers.count(False),
         workspace=_count_outside(q, limits),
+        undecided=answers.count(None),
+        windows=len(answers),
     )
 
 
@@ -105,19 +117,19 @@ def _differences(
     return np.concatenate(found)
 
 
-def _count_unexplained(steps: NDArray[np.int64], limits: WireLimits, known: NDArray[np.int64]) -> int:
-    """Windows of a joint's goals that no path inside the limits explains; not those that hold a place of `known`."""
-    count = 0
+def _ask_windows(steps: NDArray[np.int64], limits: WireLimits, known: NDArray[np.int64]) -> Iterator[bool | None]:
+    """Whether each window of each joint's goals `is_explained`; not those that hold a place of `known`."""
     for start in range(0, max(1, len(steps) - (WINDOW - WINDOW_STEP)), WINDOW_STEP):
         window = steps[start : start + WINDOW]
         if not np.any((known >= start) & (known < start + WINDOW)):
             bounds = np.stack([limits.v_max, limits.a_max, limits.j_max], axis=1)
-            count += sum(not is_explained(*joint, limits.period_s) for joint in zip(window.T, bounds, strict=True))
-    return count
+            yield from (is_explained(*joint, limits.period_s) for joint in zip(window.T, bounds, strict=True))
 
 
-def is_explained(goals: NDArray[np.int64], bounds: NDArray[np.float64], period_s: float) -> bool:
+def is_explained(goals: NDArray[np.int64], bounds: NDArray[np.float64], period_s: float) -> bool | None:
     """Whether a path inside the bounds (v_max, a_max, j_max) rounds to goals (G,) of one joint, in steps.
+
+    None when the solver does not know: it ran out of time or of digits.
 
     That is, some x with |x - goals| <= half a step whose first, second and third differences are inside the bounds:
     linear constraints, of which it is asked whether they contradict each other. Where they do, a limit was broken for
@@ -138,7 +150,7 @@ def is_explained(goals: NDArray[np.int64], bounds: NDArray[np.float64], period_s
         bounds=optimize.Bounds(way - ROUNDING_STEPS, way + ROUNDING_STEPS),
         constraints=optimize.LinearConstraint(sparse.vstack(rows), -inside, inside),
     )
-    return found.status != INFEASIBLE
+    return DECIDED.get(found.status)
 
 
 def _count_outside(q: NDArray[np.float64], limits: WireLimits) -> int:
@@ -152,15 +164,32 @@ def _count_outside(q: NDArray[np.float64], limits: WireLimits) -> int:
     return int(np.count_nonzero(excess_m - rounding_m > allowed_m + WORKSPACE_SLACK_M))
 
 
+def moved(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which joints (J,) did not stand still over goals (G, J)."""
+    return np.ptp(steps, axis=0) > STILL_STEPS
+
+
+def exceeded(steps: NDArray[np.int64], v_max: NDArray[np.float64], limits: WireLimits) -> NDArray[np.bool_]:
+    """Which joints (J,) were faster over goals (G, J) than v_max (J,) and rounding explain."""
+    q = steps * np.float64(RAD_PER_STEP)
+    return np.array([len(_differences(q[:, j : j + 1], 1, v_max[j : j + 1], limits)) > 0 for j in range(q.shape[1])])
+
+
 @dataclass(frozen=True, slots=True)
 class TickTimes:
-    """Both ends of a wire. delay_ms: from sent to arrived. sent_ms, arrived_ms: between goals. All: of REPORTED."""
+    """Both ends of a wire. delay_ms: from sent to arrived. sent_ms, arrived_ms: between goals. All: of REPORTED.
+
+    missing: periods between the first goal and the last for which none came. bursts: goals after which others came
+    sooner than a loop sends them that makes up for nothing.
+    """
 
     goals: int
     ticks: int
     delay_ms: tuple[float, ...] = ()
     sent_ms: tuple[float, ...] = ()
     arrived_ms: tuple[float, ...] = ()
+    missing: int = 0
+    bursts: int = 0
     problem: str = ""
 
 
@@ -170,22 +199,41 @@ def compare_times(
     """Goal by goal, when one end says that it sent and the other that it came; all on the monotonic clock.
 
     goals: of records.GOAL_RECORD, one per tick. sent_ns (T,), sent_rad (T, J): the ticks, each with the last moment
-    before its goals left. problem: the first thing in which both disagree; for the p99 of the times between goals, by
-    a period or more.
+    before its goals left. problem: a burst, or the first thing in which both disagree; for the p99 of the times between
+    goals, by a period or more.
     """
     if len(goals) != len(sent_ns):
         return TickTimes(len(goals), len(sent_ns), problem=f"{len(goals)} goals came of {len(sent_ns)} that were sent")
     delay_ns, times = goals["t_ns"] - sent_ns, (sent_ns, goals["t_ns"])
     delay, sent, arrived = (_percentiles(ns) for ns in (delay_ns, *map(np.diff, times)))
     is_other = np.abs(goals["goal_steps"] - CENTRE_STEP - sent_rad / RAD_PER_STEP) > ROUNDING_STEPS
-    problem = ""
+    bursts, problem = count_bursts(goals["t_ns"], sent_ns, period_s), ""
     if is_other.any():
         problem = f"goal {np.flatnonzero(is_other.any(axis=1))[0]} came other than it was sent, or not in its turn"
     elif delay_ns.min(initial=0) < 0:
         problem = f"a goal came {-delay_ns.min() / 1e6:.3f} ms before it was sent"
+    elif bursts:
+        problem = f"after {bursts} goals others came in a burst: deadlines that were missed were made up for"
     elif abs(arrived[2] - sent[2]) > period_s * 1e3:
         problem = f"between goals, p99: {arrived[2]} ms on the wire, {sent[2]} ms in the loop"
-    return TickTimes(len(goals), len(sent_ns), delay, sent, arrived, problem)
+    missing = count_missing(goals["t_ns"], period_s)
+    return TickTimes(len(goals), len(sent_ns), delay, sent, arrived, missing, bursts, problem)
+
+
+def count_missing(t_ns: NDArray[np.int64], period_s: float) -> int:
+    """Periods between the first goal and the last for which none came."""
+    return round(float(t_ns[-1] - t_ns[0]) * 1e-9 / period_s) + 1 - len(t_ns) if len(t_ns) else 0
+
+
+def count_bursts(t_ns: NDArray[np.int64], sent_ns: NDArray[np.int64], period_s: float) -> int:
+    """Goals after which n others came within less than n - 2 periods, for an n of BURSTS.
+
+    From when a goal was sent: one that came late seems closer to the next ones than it is.
+    """
+    is_burst = np.zeros(len(t_ns), np.bool_)
+    for n in BURSTS:
+        is_burst[:-n] |= t_ns[n:] - sent_ns[:-n] < (n - 2) * period_s * 1e9
+    return int(np.count_nonzero(is_burst))
 
 
 def _percentiles(ns: NDArray[np.int64]) -> tuple[float, ...]:
