@@ -167,7 +167,7 @@ def latencies_ns(setting: Setting, period_ns: int, count: int) -> NDArray[np.int
 
 
 def run_mode(robot: Robot, setting: Setting, mode: str) -> Traced:
-    """The robot in simulated time, with a frame at the start of every policy period."""
+    """The robot in simulated time, with a frame at the first tick of every policy period."""
     policy = ModelPolicy(robot, setting, trained_delay=ROWS // 2 if mode == "locked" else 0)
     state = new_tick_state(robot.limits, rate_hz=robot.config.loop_rate_hz, rows=ROWS)
     chunker = Chunker(policy, robot, state.timeline, mode)
@@ -182,7 +182,7 @@ def run_mode(robot: Robot, setting: Setting, mode: str) -> Traced:
         if coming is not None and now_ns >= ready_ns:
             chunker.publish(coming, now_ns)
             coming = None
-        if coming is None and now_ns % robot.policy_period_ns == 0 and chunker.is_due(now_ns):
+        if coming is None and now_ns % robot.policy_period_ns < tick_ns and chunker.is_due(now_ns):
             ready_ns = now_ns + int(takes_ns[policy.count])
             coming = chunker.plan(Observation({}, state_values(robot, state.measured_q), now_ns), "")
         tick(state, now_ns)
@@ -211,7 +211,7 @@ def run_queue(robot: Robot, setting: Setting, queue: Any, to_tensor: Callable[[A
             delay = math.ceil((now_ns - begun_ns) / robot.policy_period_ns)
             queue.merge(to_tensor(coming), to_tensor(coming), delay, index)
             coming, is_new = None, policy.count > 1
-        if now_ns % robot.policy_period_ns == 0:
+        if now_ns % robot.policy_period_ns < tick_ns:
             if coming is None and (queue.cfg.enabled or queue.empty()):
                 ready_ns, begun_ns, index = now_ns + int(takes_ns[policy.count]), now_ns, queue.get_action_index()
                 coming = policy.own_rows(now_ns)

@@ -5,6 +5,7 @@ No clock, no thread and no camera: the inference thread and `evaluate` in simula
     is_due ──▶ plan: what is committed ─▶ prefix ─▶ policy ─▶ absolute targets ──▶ publish ──▶ the delay is counted
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,14 +14,23 @@ from numpy.typing import NDArray
 
 from onbeat.embodiment.kinds import from_absolute, to_absolute
 from onbeat.kernels.splice import guidance_weights
-from onbeat.runtime.delay import DelayBudget, DelayTooLong, bound_problem, executed_steps, leaves_gap
+from onbeat.runtime.delay import (
+    WINDOW,
+    DelayBudget,
+    DelayTooLong,
+    bound_problem,
+    executed_steps,
+    high_quantile,
+    leaves_gap,
+    spaced_steps,
+)
 from onbeat.runtime.engine import Guidance, PolicySpec
 from onbeat.runtime.language import PolicyLanguage
 from onbeat.runtime.modes import ASYNC, GUIDED, LOCKED, SYNC
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.policy import PolicyOutput
 from onbeat.runtime.robots import Robot, joint_values
-from onbeat.runtime.timeline import NEVER, Timeline, committed_target, publish
+from onbeat.runtime.timeline import NEVER, Timeline, publish, remembered_target
 
 # C rows of a chunk, R rows of a prefix, J joints.
 
@@ -69,8 +79,8 @@ class Prefix:
 class Chunker:
     """The steps, for one policy on one robot. mode: one of modes.MODES, already chosen. One thread calls it.
 
-    allow_untrained: in LOCKED, keep more rows than the checkpoint was trained to continue. executed: policy steps that
-    the robot was past when the last chunk came.
+    allow_untrained: in LOCKED, keep more rows than the checkpoint was trained to continue. executed: d of the last
+    chunk that came. spaced: s from each observation of the last chunks to the next.
     """
 
     policy: Policy
@@ -80,7 +90,9 @@ class Chunker:
     allow_untrained: bool = False
     budget: DelayBudget = field(init=False)
     executed: int = field(default=0, init=False)
+    spaced: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
     _observed_ns: int = field(default=NEVER, init=False)
+    _spaced_from_ns: int = field(default=NEVER, init=False)
     _not_before_ns: int = field(default=NEVER, init=False)
 
     def __post_init__(self) -> None:
@@ -88,11 +100,11 @@ class Chunker:
 
     @property
     def horizon(self) -> int:
-        """s, the policy steps from one observation to the next."""
+        """s, the policy steps from one observation to the next: as asked for, or more where they are further apart."""
         asked = self.robot.config.execute_steps
         if self.mode == SYNC:
             return min(asked or self.policy.spec.chunk, self.policy.spec.chunk)
-        return max(asked, self.budget.steps())
+        return max(asked, self.budget.steps(), high_quantile(self.spaced))
 
     def is_due(self, observed_ns: int) -> bool:
         """Whether to infer from an observation of that time: newer than the last, and s steps after it.
@@ -141,17 +153,19 @@ class Chunker:
             locked_rows=plan.locked,
             blend_rows=config.blend_steps,
         )
-        self.executed = executed_steps(int(self.timeline.met_ns[0]), plan.observed_ns, period_ns, now_ns)
+        self.executed = executed_steps(max(now_ns, int(self.timeline.met_ns[0])), plan.observed_ns, period_ns)
         if not is_cold:
             self.budget.add(self.executed)
+        if first_row >= 0:
+            self._count_spacing(plan.observed_ns, is_cold)
         self._observed_ns = max(self._observed_ns, plan.observed_ns)
         self._not_before_ns = self._next_ns(plan, now_ns) if first_row >= 0 else NEVER
         return first_row
 
     def count_delay(self, observed_ns: int, now_ns: int) -> None:
         """An inference that was warm had its chunk ready at now_ns."""
-        progress_ns = int(self.timeline.progress_ns[0])
-        self.budget.add(executed_steps(progress_ns, observed_ns, self.robot.policy_period_ns, now_ns))
+        ran_until_ns = max(now_ns, int(self.timeline.progress_ns[0]))
+        self.budget.add(executed_steps(ran_until_ns, observed_ns, self.robot.policy_period_ns))
 
     def check_start(self) -> str:
         """What is wrong with d, s and H before anything moves. Raises DelayTooLong when no margin is to blame."""
@@ -170,7 +184,14 @@ class Chunker:
                 f"d = {delay} policy steps is more than the {trained} rows that the checkpoint was trained to "
                 "continue: infer faster, lower margin_steps, or train with a longer simulated delay"
             )
-        return bound_problem(delay, self.robot.config.execute_steps, self.policy.spec.chunk)
+        spaced = high_quantile(self.spaced)
+        return bound_problem(delay, self.robot.config.execute_steps, self.policy.spec.chunk, spaced)
+
+    def _count_spacing(self, observed_ns: int, is_cold: bool) -> None:
+        """Of a chunk that was taken. What follows a cold inference is late for it and says nothing of the others."""
+        if self._spaced_from_ns != NEVER:
+            self.spaced.append(spaced_steps(self._spaced_from_ns, observed_ns, self.robot.policy_period_ns))
+        self._spaced_from_ns = NEVER if is_cold else observed_ns
 
     def _next_ns(self, plan: Plan, now_ns: int) -> int:
         """When the next observation is due, half a period early: a camera's frames need not fall on policy steps."""
@@ -201,7 +222,7 @@ class Chunker:
         """What the robot is committed to at t0_ns, a period later, ...: (R, J), R <= rows, as far as it is."""
         targets = np.empty((rows, self.timeline.targets.shape[2]))
         for k in range(rows):
-            committed_target(self.timeline, t0_ns + k * self.robot.policy_period_ns, targets[k])
+            remembered_target(self.timeline, t0_ns + k * self.robot.policy_period_ns, targets[k])
             if np.isnan(targets[k]).any():
                 return targets[:k]
         return targets

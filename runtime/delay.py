@@ -1,25 +1,28 @@
-"""The delay d: how many policy steps the robot executes between an observation and its chunk, and whether that fits.
+"""The delay d: how many rows of a chunk the robot executes as something older had them, and whether that fits.
 
-Counted and not timed: a chunk's delay is the number of its rows whose time the loop's ticks had reached when it came.
-The budget of the next chunk is a high quantile of those, plus a margin.
+A chunk takes over at a policy step, so that nothing jumps: rows that are past when it comes, and the next to come, on
+whose way the robot already is, are the old ones. By the loop's ticks and not by the clock alone, where those are ahead.
+The budget of the next chunk is a high quantile of those counts, plus a margin.
 
-    observation      rows 0, 1 and 2 were due to ticks before the chunk came: 3 steps
-        ▼            ▼
-        o────o────o──│─o────o
-        0    1    2  │ 3
+    observation        rows 0 to 3 are the old ones: d = 4
+        ▼
+        o────o────o──│─o────N────N
+        0    1    2  │ 3    4    5
                    chunk
+                       ▲ seam
 
 s is the execution horizon, the policy steps from one observation to the next, and H the rows of a chunk. Source of the
-bound d <= s <= H - d: arXiv 2506.07339: a chunk comes before the next inference starts, and lasts until that one's.
+bound d <= s <= H - d: arXiv 2506.07339: a chunk comes before the next inference starts, and lasts until the next seam.
 """
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from onbeat.embodiment.errors import OnbeatError
-from onbeat.runtime.timeline import NEVER
+from onbeat.runtime.timeline import find_next_row
 
 QUANTILE = 0.95
 WINDOW = 64  # chunks remembered: some ten seconds of a policy at 5 to 10 Hz
@@ -41,41 +44,57 @@ class DelayBudget:
         self.counted.append(steps)
 
     def measured(self) -> int:
-        """The quantile alone; a step that was counted, never one between two."""
-        return int(np.quantile(self.counted, QUANTILE, method="higher")) if self.counted else 0
+        """The quantile alone."""
+        return high_quantile(self.counted)
 
     def steps(self) -> int:
         """The delay d."""
         return self.measured() + self.margin_steps
 
 
-def executed_steps(progress_ns: int, t0_ns: int, period_ns: int, now_ns: int) -> int:
-    """How many rows of a chunk that starts at t0_ns the robot has been past: by its ticks, by the clock before any.
+def high_quantile(counted: Collection[int]) -> int:
+    """Of so many steps, one that was counted, never one between two; 0 of none."""
+    return int(np.quantile(list(counted), QUANTILE, method="higher")) if counted else 0
 
-    progress_ns: the time of the last tick, or timeline.NEVER.
+
+def executed_steps(ran_until_ns: int, t0_ns: int, period_ns: int) -> int:
+    """d of a chunk whose row 0 is due at t0_ns and that comes at `ran_until_ns`: its rows up to the next to come.
+
+    The first row of its own has this number, unless more rows are locked or nothing is committed.
     """
-    return max(0, (now_ns if progress_ns == NEVER else progress_ns) - t0_ns + period_ns) // period_ns
+    return int(find_next_row(t0_ns, period_ns, ran_until_ns)) + 1
 
 
-def leaves_gap(delay: int, execute_steps: int, rows: int) -> bool:
-    """Whether a chunk ends before the next can take over: s > H - d. execute_steps: s as asked for, 0 for s = d."""
-    return max(execute_steps, delay) + delay > rows
+def spaced_steps(before_ns: int, observed_ns: int, period_ns: int) -> int:
+    """s between two observations, to the nearest step: stamps jitter, and half a period more leaves no gap.
+
+    For a chunk's last row lasts for a whole one.
+    """
+    return (observed_ns - before_ns + period_ns // 2) // period_ns
 
 
-def bound_problem(delay: int, execute_steps: int, rows: int) -> str:
+def leaves_gap(delay: int, execute_steps: int, rows: int, spaced: int = 0) -> bool:
+    """Whether a chunk ends before the next can take over: s > H - d. Arguments as for `bound_problem`."""
+    return max(execute_steps, delay, spaced) + delay > rows
+
+
+def bound_problem(delay: int, execute_steps: int, rows: int, spaced: int = 0) -> str:
     """What is wrong with d, s and H, as a text with the figures; empty when d <= s <= H - d.
 
-    execute_steps: s as asked for, 0 for as often as inference can, which is every d steps.
+    execute_steps: s as asked for, 0 for as often as inference can, which is every d steps. spaced: s as observations
+    really follow each other, 0 where that is not known yet.
     """
-    if leaves_gap(delay, execute_steps, rows):
+    if leaves_gap(delay, execute_steps, rows, spaced):
+        is_seldom = spaced > max(execute_steps, delay)
         return (
-            f"a chunk comes d = {delay} policy steps after its observation, the next observation follows after "
-            f"s = {max(execute_steps, delay)}, and a chunk has H = {rows} rows, so d <= s <= H - d does not hold and "
-            "the robot will stop between chunks: infer faster, lower execute_steps or margin_steps, or use --mode sync"
+            f"a chunk takes over after d = {delay} policy steps, the next observation follows after "
+            f"s = {max(execute_steps, delay, spaced)}, and a chunk has H = {rows} rows, so d <= s <= H - d does not "
+            f"hold and the robot will stop between chunks: {'take frames more often, ' if is_seldom else ''}"
+            "infer faster, lower execute_steps or margin_steps, or use --mode sync"
         )
     if 0 < execute_steps < delay:
         return (
-            f"execute_steps is s = {execute_steps}, but a chunk comes d = {delay} policy steps after its observation, "
-            f"so d <= s does not hold and observations follow every {delay} steps: infer faster, or raise execute_steps"
+            f"execute_steps is s = {execute_steps}, but a chunk takes over after d = {delay} policy steps, so d <= s "
+            "does not hold: infer faster, lower margin_steps, or raise execute_steps"
         )
     return ""

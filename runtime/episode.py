@@ -129,6 +129,7 @@ class Episode:
         )
         self._scene, self._robot, self._policy, self._conditions = scene, robot, policy, conditions
         self._seed, self._noise = seed, np.random.default_rng([seed, NOISE])
+        self._tick_ns = round(1e9 / robot.config.loop_rate_hz)
         self._now_ns, self._highest_m = 0, 0.0
         self._world_start_ns = scene.world.time_ns
         self._referee = Referee(conditions.timeout_ns)
@@ -143,11 +144,11 @@ class Episode:
         """Take over a chunk that is ready, start the next, tick, command the servos, let the world move on."""
         self._take_over()
         self._infer()
-        world, state, tick_ns = self._scene.world, self.state, round(1e9 / self._robot.config.loop_rate_hz)
+        world, state = self._scene.world, self.state
         state.measured_q[:] = in_servo_steps(world.position_rad)
         tick(state, self._now_ns)
         world.set_goal_rad(in_servo_steps(state.command_q))
-        self._now_ns += tick_ns
+        self._now_ns += self._tick_ns
         world.step(self._world_start_ns + self._now_ns - world.time_ns)  # whole physics steps, which a tick may not be
         height_m = world.truth().cube_height_m
         self._highest_m = max(self._highest_m, height_m)
@@ -174,8 +175,8 @@ class Episode:
         self._delays[self._chunker.publish(plan, self._now_ns)] += 1
 
     def _infer(self) -> None:
-        """A frame comes at the start of every policy period."""
-        is_frame = self._now_ns % self._robot.policy_period_ns == 0
+        """A frame comes at the first tick of every policy period."""
+        is_frame = self._now_ns % self._robot.policy_period_ns < self._tick_ns
         if self._coming is not None or not is_frame or not self._chunker.is_due(self._now_ns):
             return
         noise = draw_noise(self._noise, self._policy.spec)

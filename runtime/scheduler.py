@@ -188,6 +188,8 @@ class Scheduler:
         is_new, is_early = instruction != self._warm_instruction, is_pending(self.timeline, inferred_ns)
         first_row = self._chunker.publish(plan, inferred_ns, is_cold=is_new)
         self._warm_instruction = instruction
+        if instruction is not self._instruction:
+            self._chunker.hurry()  # it changed meanwhile, and publishing has set when the next observation is due
         published_ns = self._clock()
         self._tell(plan, first_row, published_ns - started_ns)
         self._judge(plan, first_row, is_new=is_new, is_early=is_early)

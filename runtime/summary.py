@@ -81,7 +81,7 @@ FIELDS = (
     Field(
         "delay_executed",
         "policy steps: chunks",
-        "rows due after the observation that ran as committed before it, counted from the loop's ticks",
+        "rows from the observation on that ran as committed before it: those up to its seam, counted from ticks",
     ),
     Field("delay_exceeded", "count", "chunks whose executed delay was above the budget they were planned with"),
     Field("limit_events", "kind: count", "commands cut by a limit"),

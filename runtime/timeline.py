@@ -26,7 +26,7 @@ from onbeat.kernels.compiled import compiled
 from onbeat.kernels.interpolate import interpolate
 from onbeat.kernels.splice import splice
 
-SLOTS = 4
+SLOTS = 16  # half a second of a camera at 30 Hz whose every frame gives a chunk
 EMPTY = -1
 NEVER = -(2**62)  # before every time there is
 LOOKS = 8  # of a reader, at a ring that is written meanwhile; a writer needs milliseconds between two chunks
@@ -144,7 +144,7 @@ def commit_chunk(timeline, targets, t0_ns, period_ns, now_ns, locked_rows, blend
     length = targets.shape[0]
     timeline.met_ns[0] = load_acquire(timeline.progress_ns, 0)
     ran_until_ns = max(now_ns, timeline.met_ns[0])  # the publisher may be slower than the loop
-    next_row = max(0, -((t0_ns - ran_until_ns) // period_ns))
+    next_row = find_next_row(t0_ns, period_ns, ran_until_ns)
     reason = _why_not(timeline, targets, t0_ns, now_ns, _first_row(timeline, t0_ns, period_ns, next_row, locked_rows))
     if reason != 0:
         timeline.refused[-1 - reason] += 1
@@ -153,7 +153,7 @@ def commit_chunk(timeline, targets, t0_ns, period_ns, now_ns, locked_rows, blend
     begin_write(timeline.sequence[slot])
     stored = timeline.targets[slot]
     for row in range(length):
-        committed_target(timeline, t0_ns + row * period_ns, stored[row])
+        remembered_target(timeline, t0_ns + row * period_ns, stored[row])
     first_row = _first_row(timeline, t0_ns, period_ns, next_row, locked_rows)
     splice(stored[:length], targets, first_row, blend_rows if first_row > locked_rows else 0)
     timeline.t0_ns[slot], timeline.period_ns[slot] = t0_ns, period_ns
@@ -164,6 +164,12 @@ def commit_chunk(timeline, targets, t0_ns, period_ns, now_ns, locked_rows, blend
     timeline.newest_t0_ns[0] = t0_ns
     store_release(timeline.published, 0, timeline.published[0] + 1)
     return first_row
+
+
+@compiled
+def find_next_row(t0_ns, period_ns, ran_until_ns):
+    """The first row of a chunk that is not past at `ran_until_ns`."""
+    return max(0, -((t0_ns - ran_until_ns) // period_ns))
 
 
 @compiled
@@ -269,3 +275,31 @@ def committed_target_of(timeline, in_sight, at_ns, out):
             return chunk_id, t0_ns, row, fraction
     fill_values(out, np.nan)
     return EMPTY, NEVER, EMPTY, 0.0
+
+
+@compiled
+def remembered_target(timeline, at_ns, out):
+    """`committed_target` for the thread that publishes, also for times whose chunk is overwritten: (J,) into `out`.
+
+    The oldest chunk that is left has in its front rows what the robot was committed to since its observation, and no
+    observation to come is older. NaN where nothing was due, or where nothing that is left knows.
+    """
+    in_sight = chunks_in_sight(timeline)
+    if committed_target_of(timeline, in_sight, at_ns, out)[0] != EMPTY or in_sight == 0:
+        return
+    oldest = _oldest_whole_slot(timeline)
+    if oldest != EMPTY and timeline.chunk_id[oldest] != EMPTY:
+        t0_ns, period_ns, length = timeline.t0_ns[oldest], timeline.period_ns[oldest], timeline.length[oldest]
+        interpolate(timeline.targets[oldest], length, t0_ns, period_ns, at_ns, out)
+
+
+@compiled
+def _oldest_whole_slot(timeline):
+    """The slot of the oldest chunk, an empty one before any; EMPTY while all are being written."""
+    oldest = EMPTY
+    for slot in range(timeline.chunk_id.shape[0]):
+        if timeline.sequence[slot, 0] & 1:
+            continue
+        if oldest == EMPTY or timeline.chunk_id[slot] < timeline.chunk_id[oldest]:
+            oldest = slot
+    return oldest

@@ -138,16 +138,17 @@ class RobotDelay:
     def weights(self, count: int) -> tuple[float, ...]:
         """Probability of each delay 0..count-1; what comes later counts as the longest.
 
-        As the runtime counts (runtime/delay.py): the rows that were due by the time the chunk came, row 0 included.
+        As the runtime counts (runtime/delay.py): the rows up to the next to come when the chunk came, row 0 included.
         """
         weights = [0.0] * count
-        counted = enumerate(self.probabilities) if self.probabilities else self._rows_due()
+        counted = enumerate(self.probabilities) if self.probabilities else self.counted()
         for delay, weight in counted:
             weights[min(delay, count - 1)] += weight
         return tuple(weight / sum(weights) for weight in weights)
 
-    def _rows_due(self) -> list[tuple[int, float]]:
-        return [(int(latency // self.period_ms) + 1, weight) for latency, weight in self.latencies]
+    def counted(self) -> list[tuple[int, float]]:
+        """(delay in rows, weight) of each of the latencies."""
+        return [(math.ceil(latency / self.period_ms) + 1, weight) for latency, weight in self.latencies]
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,7 +212,7 @@ def latest_delay(robot: RobotDelay) -> int:
     """The longest delay of a robot that has any weight, in policy steps."""
     drawn = [delay for delay, weight in enumerate(robot.probabilities) if weight > 0]
     if robot.period_ms > 0:
-        drawn += [int(latency // robot.period_ms) + 1 for latency, weight in robot.latencies if weight > 0]
+        drawn += [delay for delay, weight in robot.counted() if weight > 0]
     return max(drawn, default=0)
 
 

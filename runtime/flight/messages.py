@@ -109,7 +109,7 @@ CHUNK = (
     Field("rows", "int64", "", "", "how many the chunk has"),
     Field("budget", "int64", "", "policy steps", "the delay d that was planned with"),
     Field("delay", "int64", "", "policy steps", "rows locked to what was committed"),
-    Field("executed", "int64", "", "policy steps", "rows that were due when it came: the delay it really had"),
+    Field("executed", "int64", "", "policy steps", "d as it was: rows up to the next to come when it came"),
     Field("first_row", "int64", "", "", "the first row of its own, or why it was refused: timeline.REFUSALS"),
     Field("camera_age_ns", "int64", "", "ns", "capture of the oldest frame to the start of the inference"),
     Field("observe_ns", "int64", "", "ns", "frames and joints to network inputs"),

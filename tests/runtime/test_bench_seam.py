@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +35,13 @@ def test_only_sync_jumps_and_no_mode_breaks_a_limit(capsys: pytest.CaptureFixtur
     assert rows["locked"]["target_rad_s"] < rows["async"]["target_rad_s"]
     assert rows["sync"]["held_percent"] > 5 > rows["async"]["held_percent"]
     assert rows["sync"]["lag_ms"] > rows["async"]["lag_ms"]
+
+
+def test_a_policy_period_that_no_tick_falls_on_has_frames_as_well() -> None:
+    thirty_hz = replace(ROBOT, embodiment=replace(ROBOT.embodiment, policy_period_ms=1000 / 30))
+    trace = bench_seam.run_mode(thirty_hz, Setting(seconds=3.0), "async")
+    assert trace.seams.sum() > 15
+    assert trace.held < len(trace.target) / 10
 
 
 def test_the_table_says_why_a_row_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

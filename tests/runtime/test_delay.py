@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from onbeat.runtime.delay import DelayBudget, bound_problem, executed_steps, leaves_gap
-from onbeat.runtime.timeline import NEVER
+from onbeat.runtime.delay import DelayBudget, bound_problem, executed_steps, leaves_gap, spaced_steps
 
 PERIOD_NS = 100
 
@@ -35,13 +34,15 @@ class TestBudget:
         assert budget.steps() == 5
 
 
-@pytest.mark.parametrize(("progress_ns", "steps"), [(-1, 0), (0, 1), (99, 1), (100, 2), (250, 3), (-10_000, 0)])
-def test_steps_are_rows_whose_time_the_ticks_have_reached(progress_ns: int, steps: int):
-    assert executed_steps(progress_ns, 0, PERIOD_NS, now_ns=10**6) == steps
+@pytest.mark.parametrize(("ran_ns", "steps"), [(-10_000, 1), (0, 1), (1, 2), (99, 2), (100, 2), (101, 3), (250, 4)])
+def test_steps_are_the_rows_that_are_past_and_the_next_to_come(ran_ns: int, steps: int):
+    assert executed_steps(ran_ns, 0, PERIOD_NS) == steps
+    assert executed_steps(ran_ns + 7, 7, PERIOD_NS) == steps
 
 
-def test_before_any_tick_the_clock_counts():
-    assert executed_steps(NEVER, 0, PERIOD_NS, now_ns=250) == 3
+@pytest.mark.parametrize(("apart_ns", "steps"), [(0, 0), (49, 0), (50, 1), (101, 1), (149, 1), (990, 10), (1049, 10)])
+def test_spacing_is_told_to_the_nearest_step(apart_ns: int, steps: int):
+    assert spaced_steps(13, 13 + apart_ns, PERIOD_NS) == steps
 
 
 class TestBound:
@@ -60,7 +61,16 @@ class TestBound:
 
     def test_a_horizon_shorter_than_the_delay_leaves_no_gap_but_is_told(self):
         assert not leaves_gap(4, 3, 16)
-        assert "s = 3, but a chunk comes d = 4" in bound_problem(4, 3, 16)
+        assert "s = 3, but a chunk takes over after d = 4" in bound_problem(4, 3, 16)
+
+    @pytest.mark.parametrize(("horizon", "spaced", "is_told"), [(0, 9, False), (0, 10, True), (10, 2, True)])
+    def test_s_is_what_was_asked_for_or_what_it_really_is_if_that_is_more(
+        self, horizon: int, spaced: int, is_told: bool
+    ):
+        text = bound_problem(7, horizon, 16, spaced)
+        assert leaves_gap(7, horizon, 16, spaced) == is_told
+        assert ("s = 10" in text) == is_told
+        assert ("take frames more often" in text) == (is_told and spaced > horizon)
 
     def test_is_exactly_the_inequality(self):
         for delay, horizon, rows in np.ndindex(12, 12, 12):

@@ -132,6 +132,16 @@ def test_observations_are_stamped_in_simulated_time_and_rounded_to_servo_steps(s
     np.testing.assert_array_equal(joints, in_servo_steps(joints))
 
 
+def test_a_policy_period_that_no_tick_falls_on_has_a_frame_at_the_tick_behind_it(scene):
+    thirty_hz = replace(ROBOT, embodiment=replace(ROBOT.embodiment, policy_period_ms=1000 / 30))
+    policy, tick_ns = stay(), 5_000_000
+    conditions = replace(CONDITIONS, timeout_ns=500_000_000, latency_ns=10_000_000)
+    outcome = run_episode(scene, thirty_hz, policy, SEED, conditions)
+    due_ns = [-(-k * 33_333_333 // tick_ns) * tick_ns for k in range(15)]
+    assert [o.t_capture_ns for o in policy.seen] == due_ns
+    assert outcome.held_ticks <= 10, "chunks follow each other"
+
+
 def test_goals_reach_the_world_in_whole_servo_steps(scene, monkeypatch):
     goals, set_goal = [], scene.world.set_goal_rad
     monkeypatch.setattr(scene.world, "set_goal_rad", lambda q: (goals.append(q.copy()), set_goal(q)))

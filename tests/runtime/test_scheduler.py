@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from onbeat.runtime.flight.inference import Inference
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.policy import PolicyOutput, StageTimes
 from onbeat.runtime.robots import Robot, build_robot, load_robot
+from onbeat.runtime.run_records import RunRecords, Ticks, read_chunks
 from onbeat.runtime.scheduler import Blind, NoFrames, Scheduler, observe
-from onbeat.runtime.tick import new_tick_state
+from onbeat.runtime.summary import _inference, executed_delays
+from onbeat.runtime.tick import new_tick_state, tick
 from onbeat.runtime.timeline import STALE, committed_target, find_slot, publish, refusals
 
 MS = 1_000_000
@@ -86,7 +89,7 @@ class Rig:
         self.history = StateHistory(JOINTS)
         self.told: list[Inference] = []
         state = new_tick_state(self.robot.limits, rate_hz=100, rows=ROWS)
-        self.timeline, self.safety = state.timeline, state.safety
+        self.state, self.timeline, self.safety = state, state.timeline, state.safety
         self.stop = threading.Event()
         self.mode = mode
         self.start()
@@ -265,11 +268,11 @@ class TestLocked:
             rig.infer_once()
             rig.now_ns += PERIOD_NS
         assert [asked["delay"] for asked in rig.policy.asked] == [0, 2, 2]
-        assert rig.chunks("budget") == [1, 5, 5]
-        assert "d = 5 policy steps is more than the 2 rows" in rig.scheduler.status.warning
+        assert rig.chunks("budget") == [1, 6, 6]
+        assert "d = 6 policy steps is more than the 2 rows" in rig.scheduler.status.warning
 
     def test_the_seam_lies_behind_it(self):
-        rig = Rig(mode="locked", trained_delay=5, margin_steps=2)
+        rig = Rig(mode="locked", trained_delay=5, margin_steps=1)
         rig.see()
         rig.infer_once()
         rig.now_ns += 300 * MS
@@ -319,7 +322,7 @@ class TestOtherModes:
         )
 
     def test_guided_is_pulled_to_what_is_committed_as_far_as_it_is(self):
-        rig = Rig(mode="guided", margin_steps=3)
+        rig = Rig(mode="guided", margin_steps=2)
         rig.see()
         rig.infer_once()
         assert rig.policy.asked[0]["guidance"] is None
@@ -361,17 +364,17 @@ class TestDelay:
         rig.policy.on_infer = lambda: setattr(rig, "now_ns", rig.now_ns + next(durations)) or rig.see()
         assert rig.scheduler.warm_up() == [1400 * MS, 40 * MS]
         assert rig.timeline.published[0] == 0
-        assert list(rig.chunker.budget.counted) == [1]
+        assert list(rig.chunker.budget.counted) == [2]
 
     def test_one_that_can_never_keep_up_is_refused_before_anything_moves(self):
-        rig = Rig(takes_ns=810 * MS)
+        rig = Rig(takes_ns=710 * MS)
         rig.policy.on_infer = lambda: rig.pass_time() or rig.see()
         rig.see()
         with pytest.raises(DelayTooLong, match=r"d = 9 .* s = 9, .* H = 16 rows.*infer faster"):
             rig.scheduler.warm_up()
 
     def test_one_that_only_the_margin_is_too_much_for_is_warned_of(self):
-        rig = Rig(takes_ns=790 * MS)
+        rig = Rig(takes_ns=690 * MS)
         rig.policy.on_infer = lambda: rig.pass_time() or rig.see()
         rig.see()
         rig.scheduler.warm_up()
@@ -393,7 +396,7 @@ class TestDelay:
             assert rig.infer_once()
         assert rig.scheduler.status.bound_broken == 2
         assert rig.safety.inputs.conditions[Fault.DELAY_OVER_BUDGET] == 1
-        assert "execute_steps is s = 3, but a chunk comes d = 4" in rig.scheduler.status.warning
+        assert "execute_steps is s = 3, but a chunk takes over after d = 5" in rig.scheduler.status.warning
         assert rig.told[-1].warning == rig.scheduler.status.warning
         rig.chunker.budget.counted.clear()
         rig.takes_ns = 90 * MS
@@ -403,14 +406,89 @@ class TestDelay:
         assert rig.scheduler.status.warning == ""
 
     def test_it_is_counted_in_what_the_loop_has_run(self):
-        """The clock says 60 ms, so one step; but the loop was at row 3 already, for the publisher was held up."""
+        """The clock says 60 ms, so rows 0 and 1; but the loop was at row 3 already, for the publisher was held up."""
         rig = Rig()
         rig.timeline.progress_ns[0] = rig.now_ns
         rig.policy.on_infer = lambda: rig.pass_time() or rig.timeline.progress_ns.fill(rig.now_ns + 250 * MS)
+        publish(rig.timeline, np.zeros((ROWS, JOINTS)), t0_ns=rig.now_ns, period_ns=PERIOD_NS, now_ns=rig.now_ns)
         rig.see()
         rig.infer_once()
-        assert list(rig.chunker.budget.counted) == [4]
-        assert rig.chunks("first_row") == [4], "and the chunk joins where the loop is"
+        assert list(rig.chunker.budget.counted) == [5]
+        assert rig.chunks("first_row") == [5], "and the chunk joins where the loop is"
+
+    @pytest.mark.parametrize("mode", ["async", "locked"])
+    def test_what_is_planned_with_told_and_reported_is_one_number(self, mode: str):
+        """Of chunks that come anywhere between two steps, also at one: rows that ran as the chunk before had them."""
+        rig, ticks = Rig(mode=mode, trained_delay=0, margin_steps=0), TickHistory()
+        rig.chunker.allow_untrained = True
+        rig.policy.on_infer = lambda: ticks.run(rig)
+        for takes_ms in (60, 60, 150, 100, 200, 10, 240, 300, 90):
+            rig.takes_ns = takes_ms * MS
+            rig.see()
+            assert rig.infer_once()
+        rig.takes_ns = 4 * PERIOD_NS
+        ticks.run(rig)
+        executed, late = rig.chunks("executed"), rig.reported()["CHUNK_LATE"]
+        reported = summary_of(rig, ticks)
+        assert executed == [2, 2, 3, 2, 3, 2, 4, 4, 2]
+        assert late == reported["delay_exceeded"] == sum(np.array(executed) > rig.chunks("budget")) == 3
+        if mode == "async":
+            ran = executed_delays(run_of(rig, ticks))
+            assert [ran[k] for k in range(1, 9)] == executed[1:], "the first has no chunk before it"
+
+    def test_a_prefix_is_all_that_runs_of_the_old_chunk_and_nothing_behind_it_fades(self):
+        """Without any margin: chunks that come within their budget begin where their locked rows end."""
+        rig = Rig(mode="locked", trained_delay=5, margin_steps=0, takes_ns=150 * MS)
+        for value in (0.1, 0.1, 0.5):
+            rig.policy.value = value
+            rig.see()
+            rig.infer_once()
+        t0_ns = rig.chunks("t0_ns")[-1]
+        assert rig.policy.asked[-1]["delay"] == rig.chunks("first_row")[-1] == rig.chunks("budget")[-1] == 3
+        assert [rig.target_at(t0_ns + k * PERIOD_NS) for k in range(5)] == [0.1, 0.1, 0.1, 0.5, 0.5]
+        assert rig.reported() == {"CHUNK_LATE": 1}, "the first, which was planned without having measured anything"
+
+    def test_a_camera_slower_than_inference_is_told_before_rows_run_out(self):
+        """d = 7 and s = 7 would fit into 16 rows; but frames are 10 steps apart."""
+        rig = Rig(mode="guided", takes_ns=450 * MS)
+        start_ns = rig.now_ns
+        for k in range(3):
+            rig.now_ns = start_ns + 10 * k * PERIOD_NS
+            rig.see()
+            assert rig.infer_once()
+        warnings = [inference.warning for inference in rig.told]
+        assert warnings[0] == ""
+        assert "d = 7 policy steps" in warnings[1]
+        assert "s = 10, and a chunk has H = 16 rows" in warnings[1]
+        assert "take frames more often" in warnings[1]
+        assert rig.safety.inputs.conditions[Fault.DELAY_OVER_BUDGET] == 1
+        assert rig.chunker.horizon == 10
+        weights = rig.policy.asked[2]["guidance"].weights
+        assert weights[:6].tolist() == [1.0] * 6
+        assert weights[7:].max() == 0, "from H - s on, and d, nothing is pulled"
+
+    def test_what_follows_a_cold_inference_is_no_spacing(self):
+        rig = Rig(takes_ns=60 * MS)
+        for _ in range(3):
+            rig.see()
+            rig.infer_once()
+            rig.now_ns += 40 * MS
+        rig.scheduler.set_instruction("drop")
+        for takes_ms in (960, 60, 60):
+            rig.takes_ns = takes_ms * MS
+            rig.see()
+            rig.infer_once()
+            rig.now_ns += 40 * MS
+        assert list(rig.chunker.spaced) == [1, 1, 1, 1]
+
+    def test_observations_whose_chunk_was_refused_make_the_next_one_further_apart(self):
+        rig = Rig(takes_ns=60 * MS)
+        for value in (0.1, np.nan, np.nan, 0.1):
+            rig.policy.value = value
+            rig.see()
+            rig.infer_once()
+            rig.now_ns += 40 * MS
+        assert list(rig.chunker.spaced) == [3]
 
 
 class TestFaults:
@@ -438,8 +516,8 @@ class TestFaults:
             rig.now_ns += PERIOD_NS
             rig.see()
             rig.infer_once()
-        assert rig.chunks("budget") == [1, 2, 2]
-        assert rig.reported()["CHUNK_LATE"] == 1
+        assert rig.chunks("budget") == [1, 3, 3]
+        assert rig.reported()["CHUNK_LATE"] == 2, "the first was planned without having measured anything"
 
     def test_of_two_at_once_the_second_has_the_last_word_and_it_is_told(self):
         rig = Rig(blend_steps=0)
@@ -501,7 +579,7 @@ class TestFaults:
         assert rig.reported()["POLICY_RESTARTED"] == 1
         rig.policy.value = 0.3
         rig.infer_once()
-        assert rig.policy.asked[-1]["delay"] == 2, "its budget is new, what is committed is not"
+        assert rig.policy.asked[-1]["delay"] == 3, "its budget is new, what is committed is not"
         assert find_slot(rig.timeline, rig.now_ns + 2 * PERIOD_NS) == 1
         assert rig.timeline.published[0] == 2
 
@@ -512,6 +590,21 @@ class TestFaults:
         rig.see()
         assert not rig.infer_once()
         rig.scheduler.set_instruction("drop")
+        assert rig.infer_once()
+        assert [asked["instruction"] for asked in rig.policy.asked] == ["lift", "drop"]
+
+    def test_one_that_comes_while_a_chunk_is_published_is_inferred_next_as_well(self, monkeypatch: pytest.MonkeyPatch):
+        rig = Rig(execute_steps=8)
+        put = rig.chunker.publish
+
+        def publish_slowly(*plan: Any, **how: Any) -> int:
+            rig.scheduler.set_instruction("drop")
+            return put(*plan, **how)
+
+        monkeypatch.setattr(Chunker, "publish", lambda _, *plan, **how: publish_slowly(*plan, **how))
+        rig.see()
+        rig.infer_once()
+        rig.see()
         assert rig.infer_once()
         assert [asked["instruction"] for asked in rig.policy.asked] == ["lift", "drop"]
 
@@ -536,7 +629,7 @@ class TestFaults:
             rig.takes_ns = takes_ms * MS
             rig.see()
             assert rig.infer_once()
-        assert list(rig.chunker.budget.counted) == [2, 1]
+        assert list(rig.chunker.budget.counted) == [3, 2]
         assert rig.reported()["INSTRUCTION_CHANGED"] == 1
 
     def test_a_bad_instruction_changes_nothing(self):
@@ -574,6 +667,36 @@ class TestFailures:
         rig.stop.set()
         rig.scheduler.run(rig.stop)
         assert rig.policy.asked == []
+
+
+class TickHistory:
+    """The loop, tick by tick: chunk and row of each, while an inference takes its time."""
+
+    def __init__(self) -> None:
+        self.records: list[np.void] = []
+        self.now_ns = 0
+
+    def run(self, rig: Rig) -> None:
+        """Ticks up to the end of the inference, one of them at the very end where it falls on one."""
+        state, until_ns = rig.state, rig.now_ns + rig.takes_ns
+        for now_ns in range(max(self.now_ns, rig.now_ns), until_ns + 1, 10 * MS):
+            state.measured_q[:] = 0.0
+            tick(state, now_ns)
+            self.records.append(state.record[0].copy())
+            self.now_ns = now_ns + 10 * MS
+        rig.now_ns = until_ns
+
+
+def run_of(rig: Rig, ticks: TickHistory) -> RunRecords:
+    fields = {name: np.array([record[name] for record in ticks.records]) for name in ("chunk_id", "row", "flags")}
+    nothing = np.zeros(len(ticks.records), np.int64)
+    rest = {name: nothing for name in Ticks.__slots__ if name not in fields}
+    chunks = read_chunks(inference.chunk for inference in rig.told)
+    return RunRecords({}, rig.robot.joints, PERIOD_NS, Ticks(**fields, **rest), 0, chunks, {}, None, {})
+
+
+def summary_of(rig: Rig, ticks: TickHistory) -> dict[str, Any]:
+    return _inference(run_of(rig, ticks))
 
 
 def with_kind(robot: Robot, kind: str) -> Robot:

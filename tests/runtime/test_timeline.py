@@ -30,6 +30,7 @@ from onbeat.runtime.timeline import (
     new_timeline,
     publish,
     refusals,
+    remembered_target,
 )
 
 PERIOD_NS = 100_000_000
@@ -54,7 +55,7 @@ def chunk_at(timeline: Timeline, at_ns: int) -> int:
 
 @pytest.fixture
 def timeline() -> Timeline:
-    return new_timeline(rows=16, joints=1)
+    return new_timeline(rows=16, joints=1, slots=4)
 
 
 class TestBadInput:
@@ -250,6 +251,59 @@ class TestSeam:
         assert target_at(timeline, 2 * PERIOD_NS) == 2.0
 
 
+class TestMemory:
+    """What was committed at a time whose chunk is overwritten, for who observed then."""
+
+    def remembered_at(self, timeline: Timeline, at_ns: int) -> float:
+        out = np.zeros(1)
+        remembered_target(timeline, at_ns, out)
+        return out[0]
+
+    def test_nothing_is_remembered_of_an_empty_ring(self, timeline: Timeline):
+        assert np.isnan(self.remembered_at(timeline, 0))
+
+    def test_nothing_is_remembered_of_the_time_before_the_first_chunk(self, timeline: Timeline):
+        for k in range(2):
+            put(timeline, 1.0, t0_ns=k, now_ns=150_000_000)
+            assert np.isnan(self.remembered_at(timeline, PERIOD_NS))
+
+    def test_it_is_what_is_committed_where_a_chunk_of_the_time_is_left(self, timeline: Timeline):
+        for k in range(12):
+            put(timeline, np.arange(8.0) - k, t0_ns=k * PERIOD_NS, now_ns=k * PERIOD_NS)
+        for at_ns in range(9 * PERIOD_NS, 21 * PERIOD_NS, PERIOD_NS // 3):
+            assert self.remembered_at(timeline, at_ns) == pytest.approx(target_at(timeline, at_ns), nan_ok=True)
+
+    @pytest.mark.parametrize("apart_ms", [20, 33, 50, 100])
+    def test_frames_older_than_the_ring_still_know_what_ran_then(self, apart_ms: int):
+        """Chunks come so fast that of those in the ring none had begun when the newest frame was taken."""
+        timeline, ran, forgotten = new_timeline(rows=16, joints=1), dict[int, float](), 0
+        for k in range(120):
+            now_ns = k * apart_ms * 1_000_000
+            t0_ns = now_ns - 450_000_000
+            for at_ns in (t0_ns - PERIOD_NS, t0_ns, t0_ns + PERIOD_NS) if k > 60 else ():
+                forgotten += bool(np.isnan(target_at(timeline, at_ns)))
+                assert self.remembered_at(timeline, at_ns) == pytest.approx(ran[at_ns], abs=0.005)
+            put(timeline, np.sin(t0_ns / 1e9 + np.arange(16) / 10), t0_ns=t0_ns, now_ns=now_ns)
+            for at_ns in range(now_ns, now_ns + apart_ms * 1_000_000, 1_000_000):
+                ran[at_ns] = target_at(timeline, at_ns)
+        assert (forgotten > 0) == (apart_ms < 50)
+
+    def test_nothing_is_remembered_once_chunks_are_withdrawn(self, timeline: Timeline):
+        put(timeline, 1.0, t0_ns=0, now_ns=0)
+        close(timeline)
+        assert np.isnan(self.remembered_at(timeline, PERIOD_NS))
+
+    def test_a_slot_that_is_being_written_remembers_nothing(self, timeline: Timeline):
+        for k in range(4):
+            put(timeline, float(k), t0_ns=k, now_ns=k, rows=16)
+        timeline.seam_ns[:] = 6 * PERIOD_NS
+        assert self.remembered_at(timeline, 3 * PERIOD_NS) == 0.0
+        timeline.sequence[0] += 1
+        assert self.remembered_at(timeline, 3 * PERIOD_NS) == 1.0, "the oldest that is whole"
+        timeline.sequence[1:] += 1
+        assert np.isnan(self.remembered_at(timeline, 3 * PERIOD_NS))
+
+
 @settings(max_examples=200, deadline=None)
 @example(seed=0, latencies=[1, 5, 1, 1, 92, 7])  # more chunks within a period than there are slots
 @given(seed=st.integers(0, 2**32 - 1), latencies=st.lists(st.integers(1, 600), min_size=2, max_size=8))
@@ -258,7 +312,7 @@ def test_a_target_never_jumps_while_chunks_follow_each_other(seed: int, latencie
 
     Up to 600 ms the chunk before always has rows left: where it has none, the new one starts with a step.
     """
-    rng, timeline, now_ns = np.random.default_rng(seed), new_timeline(rows=16, joints=1), 0
+    rng, timeline, now_ns = np.random.default_rng(seed), new_timeline(rows=16, joints=1, slots=4), 0
     path: list[float] = []
     for latency_ms in latencies:
         t0_ns, end_ns = now_ns, now_ns + latency_ms * 1_000_000

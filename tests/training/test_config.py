@@ -11,7 +11,6 @@ import pytest
 
 from onbeat.runtime.delay import executed_steps
 from onbeat.runtime.prompt import SYSTEM_MESSAGES
-from onbeat.runtime.timeline import NEVER
 from onbeat.training.config import ConfigError, DelayConfig, ExpertsConfig, RobotDelay, VisionConfig
 from onbeat.training.config_file import load_config, parse_config, save_config, write_config
 from onbeat.training.random_checkpoint import random_config
@@ -93,7 +92,7 @@ def test_longest_trained_prefix(document: Document, trained: bool, simulated: in
 
 
 def test_delays_are_those_of_the_embodiment_and_else_the_published_ones() -> None:
-    robots = {"so101": RobotDelay(50.0, probabilities=(0, 1, 3)), "d1": RobotDelay(50.0, latencies=((49, 2), (120, 2)))}
+    robots = {"so101": RobotDelay(50.0, probabilities=(0, 1, 3)), "d1": RobotDelay(50.0, latencies=((0, 2), (90, 2)))}
     delay = DelayConfig(trained=True, simulated=4, robots=robots)
     assert delay.weights("so101") == (0, 0.25, 0.75, 0)
     assert delay.weights("d1") == (0, 0.5, 0, 0.5)
@@ -104,13 +103,13 @@ def test_delays_are_those_of_the_embodiment_and_else_the_published_ones() -> Non
 
 @pytest.mark.parametrize("latency", [0.0, 30.0, 49.9, 50.0, 99.0, 100.0, 149.9])
 def test_a_latency_counts_as_many_rows_as_the_runtime_would(latency: float) -> None:
-    rows = executed_steps(NEVER, t0_ns=0, period_ns=50_000_000, now_ns=round(latency * 1e6))
+    rows = executed_steps(round(latency * 1e6), t0_ns=0, period_ns=50_000_000)
     weights = RobotDelay(50.0, latencies=((latency, 1.0),)).weights(8)
     assert weights.index(1.0) == rows
 
 
 def test_what_comes_later_than_the_longest_delay_counts_as_the_longest() -> None:
-    assert RobotDelay(50.0, latencies=((20, 1), (900, 1))).weights(3) == (0, 0.5, 0.5)
+    assert RobotDelay(50.0, latencies=((0, 1), (900, 1))).weights(3) == (0, 0.5, 0.5)
 
 
 def test_what_only_our_networks_have_survives_the_file(document: Document) -> None:
