@@ -41,17 +41,19 @@ class ServoLine:
     def is_plugged(self) -> bool:
         return self._master >= 0
 
-    def serve_until(self, deadline_ns: int) -> None:
-        """Take bytes and send due replies until the clock reads deadline_ns; looks at the port once at least."""
+    def serve_until(self, deadline_ns: int, grace_ns: int = 0) -> None:
+        """Take bytes and send due replies until the clock reads deadline_ns; looks at the port once at least.
+
+        Stays for a reply that is due not later than grace_ns after the deadline.
+        """
         while True:
-            now_ns = time.monotonic_ns()
-            wake_ns = min(deadline_ns, self._due[0][0]) if self._due else deadline_ns
+            wait_ns = self._wake_ns(deadline_ns, grace_ns) - time.monotonic_ns()
             open_ports = [self._master] if self.is_plugged else []
-            ready, _, _ = select.select(open_ports, [], [], max(0, wake_ns - now_ns) * 1e-9)
+            ready, _, _ = select.select(open_ports, [], [], max(0, wait_ns) * 1e-9)
             if ready:
                 self._take(os.read(self._master, _READ_SIZE))
             self._send_due()
-            if time.monotonic_ns() >= deadline_ns:
+            if time.monotonic_ns() >= max(deadline_ns, self._wake_ns(deadline_ns, grace_ns)):
                 return
 
     def close(self) -> None:
@@ -61,6 +63,10 @@ class ServoLine:
             os.close(self._slave)
             self._master = self._slave = -1
             self._due.clear()
+
+    def _wake_ns(self, deadline_ns: int, grace_ns: int) -> int:
+        due_ns = self._due[0][0] if self._due else deadline_ns
+        return due_ns if due_ns <= deadline_ns + grace_ns else deadline_ns
 
     def _take(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()

@@ -41,6 +41,8 @@ SUPPLY_DECIVOLT = 74
 CASE_DEG_C = 32
 _MOVING_STEPS_S = 20.0
 _SRAM_ADDRESS = REGISTER["torque_enable"].address  # the first register that a power cycle clears
+_GOAL = REGISTER["goal_position"].address, REGISTER["goal_position"].size
+_LOCK_ADDRESS = REGISTER["lock"].address
 _PRESENT_ADDRESS = REGISTER["present_position"].address
 _STATUS_ADDRESS = REGISTER["status"].address
 _MOVING_ADDRESS = REGISTER["moving"].address
@@ -48,9 +50,7 @@ _UNLOAD_ADDRESS = REGISTER["unload_condition"].address
 _CURRENT_ADDRESS = REGISTER["present_current"].address
 _PRESENT = struct.Struct("<HHHBB")  # position, velocity, load, voltage, temperature lie side by side
 _CURRENT = struct.Struct("<H")
-_WRITABLE = np.zeros(MEMORY_SIZE, bool)
-for _register in REGISTERS:
-    _WRITABLE[_register.address : _register.address + _register.size] = _register.is_writable
+_WRITABLE = frozenset(r.address + k for r in REGISTERS if r.is_writable for k in range(r.size))
 
 
 class Answer(NamedTuple):
@@ -61,10 +61,11 @@ class Answer(NamedTuple):
 
 
 class Motion(NamedTuple):
-    """What a servo's registers say about its motion, in raw steps, seconds, percent of stall, ns and 6.5 mA."""
+    """What a servo's registers say about its motion to a goal: raw steps, seconds, percent of stall, ns and 6.5 mA."""
 
     has_torque: bool
-    goal: int
+    lowest: int
+    highest: int
     offset: int
     speed: float
     acceleration: float
@@ -101,7 +102,9 @@ class Servo:
 
     def get(self, name: str) -> int:
         register = REGISTER[name]
-        return decode_register(name, bytes(self.memory[register.address : register.address + register.size]))
+        if register.size == 1:  # no byte has a sign
+            return self.memory[register.address]
+        return decode_register(name, self.read(register.address, register.size))
 
     def put(self, name: str, value: int) -> None:
         register = REGISTER[name]
@@ -115,12 +118,13 @@ class Servo:
     def write(self, address: int, data: bytes) -> None:
         """Write what may be written; read-only bytes stay as they are."""
         for k, byte in enumerate(data, start=address):
-            if k < MEMORY_SIZE and _WRITABLE[k]:
+            if k in _WRITABLE:
                 self.memory[k] = byte
-        self._motion = None
+        if (address, len(data)) != _GOAL:
+            self._motion = None
         if address <= _SRAM_ADDRESS < address + len(data):
             self._switch_torque()
-        if self.get("lock") == 0:
+        if self.memory[_LOCK_ADDRESS] == 0:
             self._saved = bytes(self.memory[:_SRAM_ADDRESS])
 
     def power_cycle(self) -> None:
@@ -155,7 +159,8 @@ class Servo:
         if self.is_stuck:
             self.setpoint_velocity = 0.0
             return self.setpoint_steps
-        way, speed = motion.goal - self.setpoint_steps, motion.speed
+        goal = min(max(self.get("goal_position"), motion.lowest), motion.highest) + motion.offset
+        way, speed = goal - self.setpoint_steps, motion.speed
         wanted = way / dt_s
         if motion.acceleration:  # slow down in time: v^2 = 2 a d
             speed = min(speed, (2.0 * motion.acceleration * abs(way)) ** 0.5)
@@ -166,14 +171,13 @@ class Servo:
         return self.setpoint_steps
 
     def motion(self) -> "Motion":
-        """The registers that shape the motion, decoded once after every write."""
+        """The registers that shape the motion, decoded once after every write but that of a goal."""
         if self._motion is None:
-            goal = min(max(self.get("goal_position"), self.get("min_position")), self.get("max_position"))
-            offset = self.get("position_offset")
             self._motion = Motion(
                 has_torque=bool(self.get("torque_enable")),
-                goal=goal + offset,
-                offset=offset,
+                lowest=self.get("min_position"),
+                highest=self.get("max_position"),
+                offset=self.get("position_offset"),
                 speed=min(abs(self.get("goal_velocity")) or MAX_SPEED_STEPS_S, MAX_SPEED_STEPS_S),
                 acceleration=self.get("acceleration") * 100.0,
                 overload_percent=self.get("overload_torque"),

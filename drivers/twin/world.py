@@ -78,6 +78,16 @@ class World:
         return self._steps * self._step_ns
 
     @property
+    def step_ns(self) -> int:
+        """Of the physics."""
+        return self._step_ns
+
+    @property
+    def cube_height_m(self) -> float:
+        """Of the cube above where it rests, as in `truth`, at next to no cost."""
+        return float(self.data.qpos[self._cube.start + 2]) - CUBE_SIDE_M / 2
+
+    @property
     def position_rad(self) -> NDArray[np.float64]:
         """Joint angles (6,), a copy."""
         return self.data.qpos[self._arm].copy()
@@ -157,7 +167,7 @@ class World:
     def truth(self) -> Truth:
         """The state of the task, from the physics."""
         cube_m = self.data.qpos[self._cube][:3].copy()
-        height_m = float(cube_m[2] - CUBE_SIDE_M / 2)
+        height_m = self.cube_height_m
         return Truth(self.time_ns, cube_m, height_m, height_m >= LIFT_HEIGHT_M, self._is_grasped())
 
     def qpos_snapshot(self) -> NDArray[np.float64]:

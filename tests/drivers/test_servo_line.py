@@ -60,6 +60,16 @@ def test_the_wire_is_busy_with_what_is_not_answered_too(paced: ServoLine) -> Non
     os.close(fd)
 
 
+@pytest.mark.parametrize(("grace_ns", "stays"), [(0, False), (1_000_000, False), (3_000_000_000, True)])
+def test_a_reply_due_within_the_grace_is_waited_for_and_no_other(paced: ServoLine, grace_ns: int, stays: bool) -> None:
+    fd = connect(paced)
+    state_of_all = reference_request([1, 2, 3, 4, 5, 6], 0, 71)
+    os.write(fd, state_of_all * 2)  # 0.25 s of wire
+    paced.serve_until(time.monotonic_ns(), grace_ns)
+    assert bool(select.select([fd], [], [], 0)[0]) is stays
+    os.close(fd)
+
+
 def test_unpaced_replies_are_there_at_once() -> None:
     line = ServoLine(ServoBank(range(1, 7)), paced=False)
     fd = connect(line)

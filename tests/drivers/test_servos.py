@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onbeat.drivers.feetech.protocol import encode_packet, reference_goals, reference_request
+from onbeat.drivers.feetech.protocol import encode_packet, encode_register, reference_goals, reference_request
 from onbeat.drivers.feetech.tables import BROADCAST_ID, REGISTER, Instruction, Status
 from onbeat.drivers.twin.servos import Servo, ServoBank
 
@@ -158,6 +158,32 @@ def test_goals_stay_inside_the_angle_limits() -> None:
     for _ in range(20):
         servo.advance(100_000_000)
     assert servo.setpoint_steps == 2100
+
+
+@pytest.mark.parametrize(("goal", "reached"), [(2000, 2000), (-300, 1900), (4000, 2100)])
+def test_a_goal_alone_is_taken_at_once_and_as_the_other_registers_say(goal: int, reached: int) -> None:
+    servo = Servo(1)
+    servo.put("min_position", 1900)
+    servo.put("max_position", 2100)
+    servo.put("position_offset", 7)
+    servo.motion()
+    servo.write(REGISTER["goal_position"].address, encode_register("goal_position", goal))
+    assert servo.advance(1_000_000_000) == reached + 7
+
+
+def test_a_goal_with_an_acceleration_before_it_changes_both() -> None:
+    servo = Servo(1)
+    servo.motion()
+    servo.write(REGISTER["acceleration"].address, bytes((20,)) + encode_register("goal_position", 3048))
+    assert servo.advance(5_000_000) == 2048 + 2000 * 0.005**2
+
+
+def test_limits_written_after_a_goal_hold_for_it() -> None:
+    servo = Servo(1)
+    servo.put("goal_position", 2500)
+    servo.motion()
+    servo.write(REGISTER["max_position"].address, encode_register("max_position", 2100))
+    assert servo.advance(1_000_000_000) == 2100
 
 
 def test_without_torque_the_set_point_follows_the_shaft() -> None:

@@ -1,10 +1,16 @@
 """The whole twin in its own processes: bus, cameras, truth, and how it ends."""
 
+import gc
+import itertools
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +20,14 @@ import pytest
 pytest.importorskip("mujoco")
 from onbeat.drivers.feetech import errors
 from onbeat.drivers.feetech.device import BusSettings, FeetechBus
+from onbeat.drivers.feetech.packets import encode_packet, reference_goals, reference_request
+from onbeat.drivers.feetech.tables import Instruction
+from onbeat.drivers.twin import serve
 from onbeat.drivers.twin.client import RunningTwin, TwinFailed, start_twin
 from onbeat.drivers.twin.frames import SHARED_MEMORY
 from onbeat.drivers.twin.records import read_counts, read_goals, read_truth
+from onbeat.drivers.twin.serve import Twin, TwinSettings
+from onbeat.drivers.twin.world import World
 
 pytestmark = pytest.mark.alone
 
@@ -56,6 +67,51 @@ def test_the_arm_moves_and_the_truth_is_written(tmp_path: Path, joints, state) -
     assert counts["goal_writes"] == 61
     assert counts["bad_checksums"] == 0
     assert counts["failed"] >= 1
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Twin]:
+    """A twin in this process, as ordinary as this process is."""
+    monkeypatch.setattr(serve, "claim_realtime", lambda _priority: False)
+    with closing(Twin(World(0), TwinSettings(0, tmp_path, has_cameras=False, is_paced=False))) as twin:
+        yield twin
+
+
+def test_a_request_is_answered_before_the_world_has_finished_its_step(here: Twin) -> None:
+    fd = os.open(here.port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    stop, step, answered = threading.Event(), here.world.step, []
+
+    def ask_and_step(duration_ns: int) -> None:
+        answered.append(bool(select.select([fd], [], [], 0)[0]))
+        os.write(fd, encode_packet(1, Instruction.PING))
+        step(duration_ns)
+        stop.set()
+
+    here.world.step = ask_and_step
+    here.run(stop)
+    os.close(fd)
+    assert answered == [False, True], "two steps of 2 ms"
+
+
+def test_serving_and_stepping_leave_no_garbage(here: Twin) -> None:
+    fd = os.open(here.port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    stop, step, steps = threading.Event(), here.world.step, itertools.count()
+
+    def ask_and_step(duration_ns: int) -> None:
+        os.write(fd, reference_goals(list(range(1, 7)), [2048] * 6) + reference_request(list(range(1, 7))))
+        step(duration_ns)
+        if next(steps) == 100:
+            stop.set()
+
+    here.world.step = ask_and_step
+    gc.collect()
+    gc.disable()
+    try:
+        here.run(stop)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+        os.close(fd)
 
 
 @pytest.mark.slow
