@@ -54,8 +54,8 @@ class Actuators(Protocol):
         """Send position goals (J,) float64 in rad; returns when they are on the wire."""
         ...
 
-    def enable(self, on: bool, /) -> None:
-        """Torque on or off for all joints."""
+    def enable(self, on: bool, /) -> NDArray[np.float64]:
+        """Torque on or off for all joints. On: they hold where they are; returns that goal, (J,) rad. Off: the last."""
         ...
 
     def close(self) -> None: ...

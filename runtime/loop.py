@@ -102,8 +102,8 @@ class LoopStatus:
 class ControlLoop:
     """Runs a robot's ticks on deadlines until told to stop, then brings the arm to rest. One thread calls `run`.
 
-    records: where every tick goes, to be drained by another thread. progress: words that only the loop writes, given
-    where another process watches them.
+    records: where every tick goes, to be drained by another thread, given where nobody drains it while the loop runs.
+    progress: words that only the loop writes, given where another process watches them.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class ControlLoop:
         actuators: Actuators,
         *,
         history: StateHistory,
+        records: TickRing | None = None,
         progress: NDArray[np.int64] | None = None,
     ) -> None:
-        joints = len(state.command_q)
-        self.records = new_tick_ring(joints)
+        self.records = new_tick_ring(len(state.command_q)) if records is None else records
         self._state, self._actuators, self._history = state, actuators, history
         words = new_words(PROGRESS_WORDS) if progress is None else progress
         self._box = new_loop_box(history.ring, self.records, words)
@@ -137,6 +137,14 @@ class ControlLoop:
         state.measured_q[:], state.measured_dq[:] = into.position_rad, into.velocity_rad_s
         state.measured_load[:] = into.load
         self._history.append(into.t_ns, into.position_rad)
+
+    def hold(self) -> None:
+        """Torque on, before the first tick: it starts from the goal that holds the arm then, and nothing jumps.
+
+        A reading after that would not do: an arm that takes its own weight gives a little. Raises BusError.
+        """
+        self.read_first()
+        self._state.measured_q[:] = self._actuators.enable(True)
 
     def stop(self) -> None:
         """Have the loop come to rest and end; from any thread, any number of times."""

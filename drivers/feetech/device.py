@@ -177,16 +177,17 @@ class FeetechBus:
         """`write` and `read` in one burst on the wire: what a tick of the loop does."""
         self._finish(exchange_joints(self.wire, goal_rad, True, True), into)
 
-    def enable(self, on: bool, /) -> None:
-        """Torque on or off for all joints, each confirmed by its servo. Raises BusError.
+    def enable(self, on: bool, /) -> NDArray[np.float64]:
+        """Torque on or off for all joints, each confirmed by its servo; returns where it was read last. Raises BusError.
 
-        On: the arm holds where it is, and none gets torque before every servo has confirmed that goal. Off: TorqueStays
-        names every servo that did not confirm; all were told.
+        On: the arm holds there, (J,) rad, and none gets torque before every servo has confirmed that goal. Off:
+        TorqueStays names every servo that did not confirm; all were told.
         """
         if on:
             self._hold()
         else:
             self._relax()
+        return self.wire.position_rad.copy()
 
     def ping(self, servo_id: int) -> bool:
         """Is a servo with this id there? Its own fault bits do not matter here."""

@@ -69,12 +69,13 @@ class FakeBus:
         """Exchanges that went well; there is no wire to fail."""
         return {"ok": self._exchanges}
 
-    def enable(self, on: bool, /) -> None:
-        """Torque on, holding where the joints are, or off."""
+    def enable(self, on: bool, /) -> NDArray[np.float64]:
+        """Torque on, holding where the joints are, or off; returns where that is."""
         self._raise_fault()
         if on:
             self._goal_rad[:] = self.position_rad
         self.is_enabled = on
+        return self.position_rad.copy()
 
     def close(self) -> None:
         """Closing twice is harmless."""
