@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from onbeat.calibration.joints import load_joints
 from onbeat.drivers.feetech.device import FeetechBus
 from onbeat.drivers.feetech.fake import FakeBus
+from onbeat.drivers.feetech.protocol import OK, SERVO_FAULT
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.drivers.twin.client import start_twin
 from onbeat.runtime.bench_load import Load
@@ -45,16 +47,16 @@ from onbeat.runtime.bench_record import (
     run_slice,
 )
 from onbeat.runtime.command_line import HelpWithDefaults
-from onbeat.runtime.link import Link, exchange, link_to
+from onbeat.runtime.link import Link, exchange, link_to, mailbox_link
 from onbeat.runtime.loop import ControlLoop, compile_ahead, next_deadline
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.measures import figure, text_table
 from onbeat.runtime.profile.spread import Judgement
 from onbeat.runtime.realtime import FIFO_PRIORITY, OF_LOOP
-from onbeat.runtime.record import TickLog
+from onbeat.runtime.record import check_whole, take_ticks, undrained_tick_ring
 from onbeat.runtime.robots import Robot, load_robot
 from onbeat.runtime.run import DEFAULT_BUNDLE
-from onbeat.runtime.tick import TickState, new_tick_state, tick
+from onbeat.runtime.tick import JointLimits, TickState, new_tick_state, tick
 
 ROWS: Final = 16
 SPIN_S: Final = 0.0005  # before a deadline, for the loop that sleeps and then spins
@@ -98,6 +100,14 @@ def row_of(loop: str, rate_hz: int, samples: Samples) -> Row:
     return summarise(loop, rate_hz, FIFO, samples.all_ns, samples.missed, samples.faulty)
 
 
+def load_entry_points(limits: JointLimits) -> None:
+    """Have ready what loops in Python call, which the first call of each would take ticks for: nothing is driven."""
+    state = new_tick_state(limits, rate_hz=100.0, rows=ROWS)
+    tick(state, 0)
+    exchange(mailbox_link(len(limits.q_min)), state.command_q, 0)
+    next_deadline(0, 0, 1)
+
+
 def sleep_until_due(due_ns: int) -> None:
     """What most Python loops do."""
     time.sleep(max(0, due_ns - time.monotonic_ns()) * 1e-9)
@@ -127,17 +137,21 @@ def python_waits() -> dict[str, Wait]:
     return waits if lerobot is None else {**waits, "LeRobot": lerobot}
 
 
-def run_python_loop(wait: Wait, state: TickState, link: Link, ends_ns: int) -> tuple[list[int], int, int]:
-    """The loop of `loop.py`, line by line, in Python: (lateness of each tick in ns, deadlines missed, faulty ticks)."""
-    period_ns, late_ns, missed, faulty = round(state.period_s * 1e9), [], 0, 0
-    due_ns = time.monotonic_ns() + period_ns
+def run_python_loop(wait: Wait, state: TickState, link: Link, seconds: float) -> tuple[list[int], int, int]:
+    """The loop of `loop.py` in Python, without its records: (lateness of each tick in ns, deadlines missed, faulty)."""
+    load_entry_points(state.limits)
+    period_ns, late_ns, missed, faulty = round(state.period_s * 1e9), list[int](), 0, 0
+    begin_ns = time.monotonic_ns()
+    due_ns, ends_ns = begin_ns + period_ns, begin_ns + round(seconds * 1e9)
     while due_ns < ends_ns:
         wait(due_ns)
         start_ns = time.monotonic_ns()
         tick(state, due_ns)
         outcome = exchange(link, state.command_q, time.monotonic_ns())
-        faulty += outcome != 0
-        state.measured_q[:] = link.wire.position_rad
+        if outcome & 15 in (OK, SERVO_FAULT):
+            state.measured_q[:] = link.wire.position_rad
+        else:
+            faulty += 1
         late_ns.append(start_ns - due_ns)
         due_ns, let_go = next_deadline(due_ns, time.monotonic_ns(), period_ns)
         missed += let_go
@@ -175,59 +189,53 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             for k in range(ROUNDS * len(WAYS)):
                 way = WAYS[(k + k // len(WAYS)) % len(WAYS)]  # each round begins with another
-                loop = self._new_loop()
+                loop = self._new_loop(seconds / ROUNDS)
                 recording = Recording(self._robot, self._load.spec, Path(folder) / str(k), is_viewed=way == VIEW)
                 run = partial(in_thread, partial(run_for, loop, seconds / ROUNDS), FIFO)
                 samples[way].add(run_slice(way, loop, run, recording), loop)
         return samples
 
-    def _new_loop(self) -> ControlLoop:
-        return ControlLoop(self._fresh_state(), self._actuators, history=StateHistory(len(self._robot.joints)))
+    def _new_loop(self, seconds: float) -> ControlLoop:
+        joints = len(self._robot.joints)
+        records = undrained_tick_ring(joints, rate_hz=self._rate_hz, seconds=seconds)
+        return ControlLoop(self._fresh_state(), self._actuators, history=StateHistory(joints), records=records)
 
     def _ours(self, scheduling: str, seconds: float) -> Row:
-        loop, log = self._new_loop(), TickLog()
+        loop = self._new_loop(seconds)
         run_for(loop, seconds)
-        log.take(loop.records)
-        ticks = log.records()
+        ticks = check_whole(take_ticks(loop.records), loop.status.ticks)
         late_ns = ticks["start_ns"] - ticks["due_ns"]
         return summarise(ONBEAT, self._rate_hz, scheduling, late_ns, loop.status.missed, loop.status.faulty_ticks)
 
     def _theirs(self, name: str, wait: Wait, scheduling: str, seconds: float) -> Row:
         state = self._fresh_state()
         with link_to(self._actuators, rate_hz=self._rate_hz) as linked:
-            ends_ns = time.monotonic_ns() + round(seconds * 1e9)
-            late_ns, missed, faulty = run_python_loop(wait, state, linked.link, ends_ns)
+            late_ns, missed, faulty = run_python_loop(wait, state, linked.link, seconds)
         return summarise(name, self._rate_hz, scheduling, np.array(late_ns), missed, faulty)
 
 
 def run_for(loop: ControlLoop, seconds: float) -> None:
-    """Run a loop in this thread for that long."""
+    """Run a loop in this thread for that long. Raises what the loop does."""
     timer = threading.Timer(seconds, loop.stop)
     timer.start()
-    loop.run()
-    timer.join()
+    try:
+        loop.run()
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def in_thread(measure: Callable[[], T], scheduling: str) -> T:
     """What `measure` returns, from a thread of its own that is scheduled so. Raises what it raises."""
-    rows: list[T] = []
-    errors: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            if scheduling == FIFO:
-                for ask in OF_LOOP.values():
-                    ask()
-            rows.append(measure())
-        except BaseException as error:
-            errors.append(error)
+    def work() -> T:
+        if scheduling == FIFO:
+            for ask in OF_LOOP.values():
+                ask()
+        return measure()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return rows[0]
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result()
 
 
 def measure_floor(rate_hz: int, seconds: float) -> Row | None:

@@ -31,7 +31,7 @@ from onbeat.runtime.modes import ASYNC
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.profile.machine import MachineSampler
 from onbeat.runtime.profile.spread import Judgement, judge
-from onbeat.runtime.record import TickLog, TickRing
+from onbeat.runtime.record import TickRing, check_whole, take_ticks
 from onbeat.runtime.robots import Robot, state_values
 
 OFF, AGAIN, RECORDER, VIEW = "off", "off again", "recorder", "recorder and view"
@@ -50,6 +50,7 @@ class Samples:
     faulty: int = 0
 
     def add(self, ticks: NDArray[np.void], loop: ControlLoop) -> None:
+        """One slice: all the ticks of a loop that has ended."""
         self.late_ns.append(ticks["start_ns"] - ticks["due_ns"])
         self.missed += loop.status.missed
         self.faulty += loop.status.faulty_ticks
@@ -85,10 +86,12 @@ class Recording:
             ]
             for thread in threads:
                 thread.start()
-            yield
-            stop.set()
-            for thread in threads:
-                thread.join()
+            try:
+                yield
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
             recorder.finish(ring, {})
 
     @property
@@ -132,12 +135,13 @@ def costs_as_text(costs: Mapping[int, Mapping[str, Sequence[Judgement]]]) -> str
 
 
 def run_slice(way: str, loop: ControlLoop, run: Callable[[], None], recording: Recording) -> NDArray[np.void]:
-    """The ticks of a loop that `run` runs to its end, with what the way says beside it. recording: else unused."""
+    """The ticks of a loop that `run` runs to its end, with what the way says beside it. recording: else unused.
+
+    Raises TicksLost.
+    """
     if way in (OFF, AGAIN):
-        log = TickLog()
         run()
-        log.take(loop.records)
-        return log.records()
+        return check_whole(take_ticks(loop.records), loop.status.ticks)
     with recording.of(loop.records):
         run()
-    return read_log(recording.folder).records("/tick")
+    return check_whole(read_log(recording.folder).records("/tick"), loop.status.ticks)

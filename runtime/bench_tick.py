@@ -7,9 +7,9 @@ a mailbox at 1 kHz. The parts of the computation, too short to be timed inside a
 
 import argparse
 import json
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from onbeat.runtime.loop import ControlLoop, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.measures import figure, text_table
 from onbeat.runtime.realtime import prepare_loop, prepare_process
-from onbeat.runtime.record import TickLog
+from onbeat.runtime.record import check_whole, take_ticks, undrained_tick_ring
 from onbeat.runtime.robots import Robot, load_robot
 from onbeat.runtime.tick import TickState, new_tick_state
 from onbeat.runtime.timeline import publish
@@ -98,30 +98,32 @@ def loop_costs(robot: Robot, actuators: Actuators, joints: str, rate_hz: int, se
 
 
 def record_ticks(robot: Robot, actuators: Actuators, rate_hz: int, seconds: float) -> NDArray[np.void]:
-    """Run the loop with everything that helps it, on chunks that keep the arm moving; returns its ticks."""
+    """Run the loop with everything that helps it, on chunks that keep the arm moving; returns its ticks.
+
+    Raises LoopFault, PortLost, TicksLost.
+    """
     state = new_tick_state(robot.limits, rate_hz=rate_hz, rows=ROWS, workspace=robot.workspace(), settings=robot.safety)
-    loop = ControlLoop(state, actuators, history=StateHistory(len(robot.joints)))
+    joints = len(robot.joints)
+    records = undrained_tick_ring(joints, rate_hz=rate_hz, seconds=seconds)
+    loop = ControlLoop(state, actuators, history=StateHistory(joints), records=records)
     loop.read_first()
-    log = TickLog()
 
     def work() -> None:
         prepare_process()
         prepare_loop()
         loop.run()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    while thread.is_alive() and loop.status.ticks == 0:
-        time.sleep(0.01)
-    ends_s = time.monotonic() + seconds
-    while time.monotonic() < ends_s and thread.is_alive():
-        feed(state, robot)
-        time.sleep(robot.policy_period_ns / 1e9)
-        log.take(loop.records)
-    loop.stop()
-    thread.join()
-    log.take(loop.records)
-    return log.records()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(work)
+        while loop.status.ticks == 0 and not running.done():
+            time.sleep(0.01)
+        ends_s = time.monotonic() + seconds
+        while time.monotonic() < ends_s and not running.done():
+            feed(state, robot)
+            time.sleep(robot.policy_period_ns / 1e9)
+        loop.stop()
+        running.result()
+    return check_whole(take_ticks(records), loop.status.ticks)
 
 
 def feed(state: TickState, robot: Robot) -> None:

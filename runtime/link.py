@@ -119,12 +119,23 @@ class ActuatorServer:
         return NoAnswer(f"the actuators gave no answer in time (fault {outcome & 15})")
 
     def _serve(self) -> None:
+        self._leave_the_loop()
         waiting = select.poll()
         waiting.register(self._wake_fd, select.POLLIN)
         while not self._stop.is_set():
             if waiting.poll(WAIT_MS):
                 os.eventfd_read(self._wake_fd)
                 self._exchange()
+
+    def _leave_the_loop(self) -> None:
+        """Run on every processor of the process, as an ordinary thread: the loop that started this one has its own.
+
+        Not before others: what is called is somebody else's code, and one that spins would take a processor from
+        cameras, inference and guardian for as long as it likes. Nor would it help, as the thread needs the interpreter,
+        which whoever has it does not give to priority. The loop does without an answer for STALE_NS.
+        """
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
     def _exchange(self) -> None:
         while not take_goal(self.link.box, self._goal):

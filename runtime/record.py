@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onbeat.embodiment.errors import OnbeatError
 from onbeat.kernels.arrays import copy_values
 from onbeat.kernels.atomics import load_acquire, store_release
 from onbeat.kernels.compiled import compiled
@@ -15,6 +16,7 @@ from onbeat.runtime.flight.messages import TICK_LOOP, TICK_RECORD, packed
 from onbeat.runtime.tick import RECORD
 
 RING_TICKS = 8192  # 8 s at 1 kHz: a thread that is held up for that long loses ticks, which is counted
+SPARE_S = 10.0  # more than an undrained ring is asked for: a loop is told late, and its arm takes up to 2 s to rest
 
 # T ticks, J joints.
 
@@ -57,6 +59,11 @@ def new_tick_ring(joints: int, capacity: int = RING_TICKS) -> TickRing:
     return TickRing(rows=np.zeros(capacity, RECORD), **fields, **words)
 
 
+def undrained_tick_ring(joints: int, *, rate_hz: float, seconds: float) -> TickRing:
+    """An empty ring that holds every tick of a loop that is told to end after `seconds`."""
+    return new_tick_ring(joints, round(rate_hz * (seconds + SPARE_S)))
+
+
 @compiled
 def append_tick(ring, state, due_ns, start_ns, compute_ns, exchange_ns, tell_ns, outcome):
     """Put the tick that `state` has just made into the ring; into a full one nothing goes, and that is counted.
@@ -92,6 +99,17 @@ def take_ticks(ring: TickRing) -> NDArray[np.void]:
     for field in TICK_LOOP:
         ticks[field.name] = getattr(ring, field.name)[source]
     store_release(ring.taken, 0, written)
+    return ticks
+
+
+class TicksLost(OnbeatError):
+    """A record of a loop lacks ticks; what is said of the others is not said of the loop."""
+
+
+def check_whole(ticks: NDArray[np.void], made: int) -> NDArray[np.void]:
+    """`ticks` (T,), of a loop that made so many. Raises TicksLost when those are more."""
+    if len(ticks) < made:
+        raise TicksLost(f"{made - len(ticks)} of {made} ticks were not recorded: measure for a shorter time")
     return ticks
 
 

@@ -21,9 +21,10 @@ from onbeat.runtime.bench_record import (
 )
 from onbeat.runtime.engine import PolicySpec, SamplerSpec
 from onbeat.runtime.flight.reader import read_log
-from onbeat.runtime.loop import ControlLoop, compile_ahead
+from onbeat.runtime.loop import ControlLoop, LoopFault, compile_ahead
 from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.profile.spread import SAME, SLOWER
+from onbeat.runtime.record import TicksLost, new_tick_ring
 from onbeat.runtime.robots import load_robot
 from onbeat.runtime.tick import new_tick_state
 
@@ -50,6 +51,30 @@ def test_what_is_within_the_spread_is_no_difference_and_what_is_beyond_is_named(
 def test_a_loop_that_differs_from_itself_excuses_as_much():
     found = {OFF: lateness(0, 1), AGAIN: lateness(80, 2), RECORDER: lateness(60, 3), VIEW: lateness(60, 4)}
     assert {j.verdict for way in judge_costs(found).values() for j in way} == {SAME}
+
+
+def test_a_slice_that_fails_leaves_no_thread_behind(tmp_path):
+    robot = load_robot("so101-twin")
+    before = threading.active_count()
+    with (
+        pytest.raises(LoopFault),
+        Recording(robot, SPEC, tmp_path, is_viewed=False).of(new_tick_ring(len(robot.joints), 1)),
+    ):
+        raise LoopFault("the servos fell silent")
+    assert threading.active_count() == before
+
+
+def test_a_slice_that_lost_ticks_is_an_error(tmp_path):
+    robot = load_robot("so101-twin")
+    compile_ahead(robot.limits)
+    bus, state = FakeBus(robot.joints), new_tick_state(robot.limits, rate_hz=1000, rows=4)
+    bus.enable(True)
+    state.measured_q[:] = 0.0
+    joints = len(robot.joints)
+    loop = ControlLoop(state, bus, history=StateHistory(joints), records=new_tick_ring(joints, 4))
+    threading.Timer(0.05, loop.stop).start()
+    with pytest.raises(TicksLost):
+        run_slice(OFF, loop, loop.run, Recording(robot, SPEC, tmp_path, is_viewed=False))
 
 
 @pytest.mark.slow

@@ -1,16 +1,20 @@
 """Boxes that threads share: empty ones, ones that are overtaken while they are read, and goals and answers across."""
 
+import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from onbeat.drivers.feetech.exchange import Wire
+from onbeat.drivers.feetech.fake import FakeBus
 from onbeat.drivers.feetech.protocol import GOAL_REFUSED, NO_REPLY, OK, PORT_LOST
 from onbeat.kernels.arrays import fill_values
 from onbeat.kernels.compiled import compiled
-from onbeat.runtime.link import mailbox_link
+from onbeat.runtime.link import ActuatorServer, mailbox_link
 from onbeat.runtime.mailbox import (
     ANSWERS,
     STALE_NS,
@@ -21,6 +25,7 @@ from onbeat.runtime.mailbox import (
     put_answer,
     take_goal,
 )
+from onbeat.runtime.realtime import prepare_loop
 
 GOAL = np.array([0.5, -0.5])
 
@@ -98,6 +103,32 @@ def exchange_many(box, wire, goal, count):
             fresh += 1 if first != last else 0
             last = first
     return torn, fresh
+
+
+class Noting(FakeBus):
+    """Notes where the thread that serves it may run, and how."""
+
+    served: tuple[set[int], int] | None = None
+
+    def write(self, goal_rad: NDArray[np.float64]) -> None:
+        self.goals.append(goal_rad)
+        self.served = os.sched_getaffinity(0), os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor is all there is")
+def test_actuators_are_not_kept_on_the_processor_of_the_loop_that_serves_them():
+    actuators = Noting(("pan", "grip"))
+
+    def work() -> None:
+        prepare_loop()
+        with ActuatorServer(actuators) as server:
+            exchange_mailbox(server.link.box, server.link.wire, GOAL, time.monotonic_ns())
+            while actuators.served is None:
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(work).result()
+    assert actuators.served == (os.sched_getaffinity(os.getpid()), os.SCHED_OTHER)
 
 
 class TestStateHistory:

@@ -1,13 +1,23 @@
 """Ticks on their way out of the loop: a full ring, wrap-around, and a thread that drains meanwhile."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from onbeat.drivers.feetech.protocol import NO_REPLY, OK
+from onbeat.kernels.atomics import load_acquire
 from onbeat.kernels.compiled import compiled
-from onbeat.runtime.record import TickLog, TickRing, append_tick, new_tick_ring
+from onbeat.runtime.record import (
+    TickLog,
+    TickRing,
+    TicksLost,
+    append_tick,
+    check_whole,
+    new_tick_ring,
+    take_ticks,
+    undrained_tick_ring,
+)
 from onbeat.runtime.tick import JointLimits, TickState, new_tick_state
 
 LIMITS = JointLimits(*(np.full(2, bound) for bound in (-1.0, 1.0, 2.0, 20.0, np.inf)))
@@ -30,6 +40,20 @@ def test_what_does_not_fit_into_the_ring_is_counted_and_the_oldest_are_kept(stat
     assert ring.dropped[0] == 3
     assert log.take(ring) == 4
     assert log.records()["due_ns"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_record_that_lacks_a_tick_is_not_taken_for_whole(state: TickState):
+    ring = new_tick_ring(2, 4)
+    for k in range(5):
+        put(ring, state, k)
+    ticks = take_ticks(ring)
+    assert check_whole(ticks, 4) is ticks
+    with pytest.raises(TicksLost, match="1 of 5 ticks"):
+        check_whole(ticks, 5)
+
+
+def test_an_undrained_ring_holds_a_long_run_and_its_end():
+    assert len(undrained_tick_ring(1, rate_hz=1000, seconds=20).due_ns) >= 22_000
 
 
 def test_an_empty_ring_gives_nothing():
@@ -74,22 +98,29 @@ def test_what_the_tick_saw_arrives_with_it(state: TickState):
 
 
 def test_a_thread_that_drains_meanwhile_gets_every_tick_once(state: TickState):
-    ring, log, count = new_tick_ring(2, 64), TickLog(), 100_000
-    writer = threading.Thread(target=put_many, args=(ring, state, count))
-    writer.start()
-    while writer.is_alive():
-        log.take(ring)
-    writer.join()
+    ring, log, stop = new_tick_ring(2, 64), TickLog(), np.ones(1, np.int64)
+    put_until(ring, state, stop)  # compiled here, not while the other thread drains an empty ring
+    stop[0] = 0
+    with ThreadPoolExecutor(1) as threads:
+        writing, taken = threads.submit(put_until, ring, state, stop), 0
+        while taken < 500 * len(ring.rows) and not writing.done():
+            taken += log.take(ring)
+        stop[0] = 1
+        made = writing.result()
     log.take(ring)
     ticks = log.records()
-    assert len(ticks["due_ns"]) + int(ring.dropped[0]) == count
+    assert taken <= len(ticks) == made - int(ring.dropped[0])
     assert (np.diff(ticks["due_ns"]) > 0).all()
     assert (ticks["goal_rad"] == ticks["due_ns"][:, None]).all()
 
 
 @compiled
-def put_many(ring, state, count):
-    for k in range(count):
+def put_until(ring, state, stop):
+    """Ticks 0, 1, ... with their number in all places; returns how many."""
+    k = 0
+    while load_acquire(stop, 0) == 0:
         state.command_q[0] = k
         state.command_q[1] = k
         append_tick(ring, state, k, k, k, k, k, OK)
+        k += 1
+    return k
