@@ -3,11 +3,13 @@
     python -m onbeat.runtime.daemon < config.json
 
 Reads a `DaemonConfig` as JSON on stdin and tells what happens as lines of JSON on stdout; ends on SIGTERM or
-SIGINT with the arm at rest. Four threads: the loop, which is compiled and needs no interpreter, the inference, one
-that writes the flight log, and this one, which waits and reports.
+SIGINT with the arm at rest. Four threads: the one that has the arm, from torque on, through the loop, which is compiled
+and needs no interpreter, to what `on_exit` says; the inference; one that writes the flight log; and this one, which
+waits and reports. Whatever becomes of the others, the first brings the arm to its end by itself.
 """
 
 import json
+import select
 import shutil
 import sys
 import threading
@@ -22,14 +24,13 @@ import numpy as np
 
 from onbeat.calibration.joints import load_joints
 from onbeat.drivers.feetech.device import BusSettings, FeetechBus
-from onbeat.drivers.feetech.errors import BusError
 from onbeat.drivers.interfaces import Actuators, Camera
 from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.camera_watch import WATCH_PERIOD_S, CameraWatch
 from onbeat.runtime.chunker import Chunker, Policy
-from onbeat.runtime.faults import ROW, Fault, Level
+from onbeat.runtime.faults import ROW, TABLE, Fault, Level
 from onbeat.runtime.flight.encoding import PNG
 from onbeat.runtime.flight.header import make_header
 from onbeat.runtime.flight.reader import LOG_FOLDER
@@ -163,46 +164,71 @@ class Session:
     def run(self) -> None:
         """Everything from the first reading to rest and to what `on_exit` says.
 
-        Raises what a thread raised, or RunEnded for a fault that ended the run, after the arm was brought to rest.
+        Raises what was raised first, here or in a thread, or RunEnded for a fault that ended the run, after the arm was
+        brought to its end. Told to stop before that, it leaves torque as it is.
         """
         compile_ahead(self.robot.limits)
         self.real_time |= prepare_process()
         self.loop.read_first()
         self.warm_up_ns = self.scheduler.warm_up()
-        if self.guard is not None:
-            self.guard.arm()
-        self.bus.enable(True)
-        work = {LOOP: self._run_loop, INFERENCE: self._run_inference, RECORDS: self._keep_records}
-        self._report_until_end([self._thread(name, run) for name, run in work.items()])
-        self._end_arm()
-        self._name_fault()
+        if not self.stop.is_set():
+            self._move()
         if self.failure.error is not None:
             raise self.failure.error
 
+    def _move(self) -> None:
+        """Start the threads, report, and wait for them; the arm's for as long as it takes, as the bus is its own."""
+        work = {LOOP: self._drive_arm, INFERENCE: self._run_inference, RECORDS: self._keep_records}
+        threads = [threading.Thread(target=self._guard, args=(run,), name=name) for name, run in work.items()]
+        self._guard(lambda: self._start_and_report(threads))
+        self.loop.stop()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(None if thread.name == LOOP else JOIN_S)
+
+    def _start_and_report(self, threads: Sequence[threading.Thread]) -> None:
+        for thread in threads:
+            thread.start()
+        self._report_until_end()
+
+    def _drive_arm(self) -> None:
+        """Torque on, the loop, and the end, in one thread: nothing else that the run waits for delays it."""
+        self.real_time |= prepare_loop()
+        if self.guard is not None:
+            self.guard.arm()
+        self._guard(self._run_loop)
+        self._name_fault()
+        self._end_arm()
+
+    def _run_loop(self) -> None:
+        self.bus.enable(True)
+        self.loop.read_first()
+        self.loop.run()
+
     def _end_arm(self) -> None:
         """What the robot file says; a bus that does not obey is left to the guardian, which goes on asking."""
-        try:
-            end_arm(self.bus, self.robot, RELAX if self._is_limp() else self.robot.config.on_exit)
-        except BusError as error:
-            self.failure.keep(error)
-        else:
-            if self.guard is not None:
-                self.guard.release()
+        is_limp, guard = self._is_limp(), self.guard
+        if is_limp and guard is not None:
+            guard.set_limp()
+        end_arm(
+            self.bus,
+            self.robot,
+            RELAX if is_limp else self.robot.config.on_exit,
+            start_q=self.state.measured_q if np.isnan(self.state.command_q).any() else self.state.command_q,
+            on_way=(lambda: None) if guard is None else guard.count_way,
+        )
+        if guard is not None:
+            guard.release()
 
     def _is_limp(self) -> bool:
-        """Whether what ended the run is a servo that must not go on holding, whatever the robot file says."""
-        fault = int(self.state.safety.ended_by[0])
-        return fault != NO_FAULT and Level.LIMP in (ROW[Fault(fault)].reaction, ROW[Fault(fault)].then)
+        """Whether a servo must not go on holding, whatever the robot file says and whatever ended the run first."""
+        is_there = self.state.safety.status["age"] > 0
+        return any(is_there[row.fault] and Level.LIMP in (row.reaction, row.then) for row in TABLE)
 
     def _name_fault(self) -> None:
         fault = int(self.state.safety.ended_by[0])
         if fault not in (NO_FAULT, Fault.STOP_REQUESTED):
             self.failure.keep(RunEnded(f"{Fault(fault).name}, {ROW[Fault(fault)].cause}: read docs/faults.md"))
-
-    def _run_loop(self) -> None:
-        self.real_time |= prepare_loop()
-        self.loop.read_first()
-        self.loop.run()
 
     def _run_inference(self) -> None:
         self.real_time["inference SCHED_RR"] = prepare_inference()
@@ -211,13 +237,8 @@ class Session:
     def _keep_records(self) -> None:
         self.recorder.run(self.loop.records, self.stop)
 
-    def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=self._guard, args=(work,), name=name)
-        thread.start()
-        return thread
-
     def _guard(self, work: Callable[[], None]) -> None:
-        """Run a thread's work; whatever it raises stops the run and is told at its end."""
+        """Do a part of a thread's work; its end stops the run, and whatever it raises is told then."""
         try:
             work()
         except BaseException as error:
@@ -227,7 +248,7 @@ class Session:
         finally:
             self.stop.set()
 
-    def _report_until_end(self, threads: Sequence[threading.Thread]) -> None:
+    def _report_until_end(self) -> None:
         while self.loop.status.ticks == 0 and not self.stop.wait(WATCH_PERIOD_S):
             pass
         ends_s, next_status_s = time.monotonic() + self.seconds, 0.0
@@ -239,14 +260,11 @@ class Session:
                 self.say({"event": "status", **self.status()})
             if time.monotonic() >= ends_s:
                 self.stop.set()
-        self.loop.stop()
-        for thread in threads:
-            thread.join(JOIN_S)
 
     def _look_around(self) -> None:
         """At what is no tick's and no camera's affair."""
         safety = self.state.safety
-        set_condition(safety, Fault.GUARDIAN_LOST, self.guard is not None and not self.guard.is_alive)
+        set_condition(safety, Fault.GUARDIAN_LOST, self.guard is not None and not self.guard.is_watching())
         is_full = bool(self.recorder.error) or self.free_bytes(self.recorder.folder) < SPARE_BYTES
         set_condition(safety, Fault.DISK_FULL, is_full)
 
@@ -363,7 +381,12 @@ def loaded_modules() -> list[str]:
 
 
 def say_on_stdout(event: Mapping[str, Any]) -> None:
-    """One line of JSON. A reader that has gone is no reason to stop: a signal ends this process."""
+    """One line of JSON. A reader that has gone is no reason to stop: a signal ends this process.
+
+    Nor is one that does not read: what it would be told of the run so far is left out.
+    """
+    if event["event"] == "status" and not select.select([], [1], [], 0.0)[1]:
+        return
     try:
         print(json.dumps(event), flush=True)
     except BrokenPipeError:

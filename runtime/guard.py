@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 import onbeat
 from onbeat.drivers.feetech.device import FeetechBus
 from onbeat.drivers.feetech.packets import RAD_PER_STEP, steps_of_rad
-from onbeat.drivers.interfaces import Actuators, JointState
+from onbeat.drivers.interfaces import Actuators
 from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.guardian import PARK_PERIOD_S, GuardianConfig, parking_way
 from onbeat.runtime.heartbeat import DONE, GUARDED, IDLE, WORDS, Heartbeat
@@ -22,6 +24,7 @@ from onbeat.runtime.robots import HOLD, PARK, Robot
 
 READY_S = 10.0
 POLL_S = 0.002
+MOST_IDLE_LOOKS = 10  # of the status thread, 5 Hz, with none of the guardian's in between, which are every 5 ms
 
 
 class GuardianFailed(OnbeatError):
@@ -32,8 +35,9 @@ class Guard:
     """A guardian for the length of a `with` block.
 
     `words` (WORDS,) int64 is the shared memory, whose first words the loop writes as its progress. `arm` before torque
-    goes on; `release` once the arm was ended as the robot file says. A block that is left without `release` while
-    armed leaves the guardian behind, which acts as soon as this process is gone.
+    goes on; `release` once the arm was ended as the robot file says, `count_way` on a long way to there. A block that
+    is left without `release` while armed leaves the guardian behind, which acts as soon as this process is gone, or has
+    stood still for too long.
     """
 
     def __init__(self, robot: Robot, bus: FeetechBus) -> None:
@@ -42,13 +46,14 @@ class Guard:
         self._config = guardian_config(robot, bus, self._heartbeat.path)
         self._process: subprocess.Popen[bytes] | None = None
         self.phase = IDLE
+        self._looks, self._idle_looks = 0, 0
 
     def __enter__(self) -> "Guard":
         """Start it and wait until it watches. Raises GuardianFailed."""
         self._process = start_guardian(self._config)
         deadline_s = time.monotonic() + READY_S
-        while not self._heartbeat.is_watched:
-            if not self.is_alive or time.monotonic() > deadline_s:
+        while self._heartbeat.looks == 0:
+            if not self._is_running or time.monotonic() > deadline_s:
                 self.release()
                 raise GuardianFailed("the guardian did not start, and nothing moves without: read the daemon's log")
             time.sleep(POLL_S)
@@ -58,9 +63,18 @@ class Guard:
         if self.phase != GUARDED:
             self.release()
 
+    def is_watching(self) -> bool:
+        """Whether there is still somebody who would act: to be asked steadily, by one thread.
+
+        A process that is there and has not looked for so long is stopped, or stuck.
+        """
+        looks = self._heartbeat.looks
+        self._idle_looks = 0 if looks != self._looks else self._idle_looks + 1
+        self._looks = looks
+        return self._is_running and self._idle_looks < MOST_IDLE_LOOKS
+
     @property
-    def is_alive(self) -> bool:
-        """Whether there is still somebody who would act."""
+    def _is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -72,6 +86,14 @@ class Guard:
     def arm(self) -> None:
         """From now on the guardian acts when this process dies, and when the loop's progress stops."""
         self._set(GUARDED)
+
+    def count_way(self) -> None:
+        """The arm is on its way to its parking pose: one goal further."""
+        self._heartbeat.count_way()
+
+    def set_limp(self) -> None:
+        """Should the guardian have to act, it takes torque off."""
+        self._heartbeat.set_limp()
 
     def release(self) -> None:
         """Nothing is left to guard: the guardian ends."""
@@ -89,8 +111,10 @@ class Guard:
 
 
 def guardian_config(robot: Robot, bus: FeetechBus, heartbeat: Path) -> GuardianConfig:
-    """What the guardian of this robot is told; angles become steps here."""
+    """What the guardian of this robot is told; angles become steps here. Raises GuardianFailed."""
     config, servos = robot.config, bus.servos
+    if not hasattr(termios, f"B{config.baud_rate}"):
+        raise GuardianFailed(f"the guardian cannot set a port to {config.baud_rate} baud: choose 500000 or 1000000")
     park_q = config.park_q if config.on_exit == PARK else ()
     return GuardianConfig(
         port=bus.port,
@@ -108,22 +132,25 @@ def guardian_config(robot: Robot, bus: FeetechBus, heartbeat: Path) -> GuardianC
     )
 
 
-def end_arm(bus: Actuators, robot: Robot, on_exit: str) -> None:
-    """Bring an arm that rests to the end that its file says. Raises BusError."""
+def end_arm(
+    bus: Actuators, robot: Robot, on_exit: str, *, start_q: NDArray[np.float64], on_way: Callable[[], None]
+) -> None:
+    """Bring an arm that rests to the end that its file says. Raises BusError, and ValueError for a way that is none.
+
+    start_q: (J,) rad, the last goals, which a servo that holds something is not at. on_way: called after every goal.
+    """
     if on_exit == PARK:
-        _park(bus, robot)
+        _park(bus, robot, start_q, on_way)
     if on_exit != HOLD:
         bus.enable(False)
 
 
-def _park(bus: Actuators, robot: Robot) -> None:
-    """The guardian's way, from where the arm is."""
-    joints = len(robot.joints)
-    state = JointState(0, np.zeros(joints), np.zeros(joints), np.zeros(joints))
-    bus.read(state)
-    start, end = ([round(q / RAD_PER_STEP) for q in pose] for pose in (state.position_rad, robot.config.park_q))
+def _park(bus: Actuators, robot: Robot, start_q: NDArray[np.float64], on_way: Callable[[], None]) -> None:
+    """The guardian's way. What the servos report on it changes nothing: torque goes at its end."""
+    start, end = ([round(q / RAD_PER_STEP) for q in pose] for pose in (start_q, robot.config.park_q))
     for steps in parking_way(start, end, robot.config.park_speed_rad_s / RAD_PER_STEP):
         bus.write(np.array(steps) * RAD_PER_STEP)
+        on_way()
         time.sleep(PARK_PERIOD_S)
 
 

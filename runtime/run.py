@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +38,12 @@ FIRST_WORLD_SEED = 200_000  # training and `evaluate` use worlds below
 LOG_FILE = "daemon.log"
 LEAST_LOG_MB = 10
 END_S = 20.0  # for the daemon, after it was asked to stop
+GUARDIAN_DID = {
+    "hold": "left the arm holding",
+    "relax": "took torque off",
+    "park": "parked the arm",
+    "part": "lost the arm before it was done",
+}
 LIVE_PERIOD_S = 5.0  # between two live lines where they cannot overwrite each other
 
 
@@ -211,8 +217,7 @@ def supervise(config: DaemonConfig, folder: Path, screen: TextIO) -> str | None:
     with start_daemon(config, folder / LOG_FILE) as daemon, signals_stop(daemon):
         assert daemon.stdout is not None
         live = LiveLine(screen, folder / TWIN_FOLDER)
-        for line in daemon.stdout:
-            event = json.loads(line)
+        for event in events_of(daemon.stdout):
             if event["event"] == "status":
                 live.show(event)
             elif event["event"] == "error":
@@ -226,10 +231,19 @@ def supervise(config: DaemonConfig, folder: Path, screen: TextIO) -> str | None:
     return f"{failure or 'the daemon ended'} ({guardian})" if guardian else failure
 
 
+def events_of(lines: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    """What a daemon tells, line by line; what a library prints between is none of it."""
+    for line in lines:
+        with suppress(json.JSONDecodeError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "event" in event:
+                yield event
+
+
 def guardian_text(event: Mapping[str, Any]) -> str:
-    """What the guardian did, in words."""
-    did = {"hold": "left the arm holding", "relax": "took torque off", "park": "parked the arm"}.get(event["did"])
-    return f"{event['fault']}: the guardian {did or 'could not reach the arm'}"
+    """What the guardian did, in words, and why not all that the robot file says."""
+    did, why = GUARDIAN_DID.get(event["did"], "could not reach the arm"), event.get("why", "")
+    return f"{event['fault']}: the guardian {did}{f', {why}' if why else ''}"
 
 
 @contextmanager
@@ -238,7 +252,13 @@ def start_daemon(config: DaemonConfig, log_file: Path) -> Iterator["subprocess.P
     command = [sys.executable, "-m", "onbeat.runtime.daemon"]
     with log_file.open("w") as log:
         daemon = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
     try:
         assert daemon.stdin is not None

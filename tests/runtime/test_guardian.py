@@ -1,6 +1,7 @@
 """The guardian against a runtime that dies, hangs, ends well, or only sleeps; and on the twin, which judges it."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,31 +18,56 @@ import numpy as np
 import psutil
 import pytest
 
+from onbeat.drivers.feetech.packets import encode_packet
+from onbeat.drivers.feetech.tables import REGISTER, Instruction
 from onbeat.drivers.twin.client import RunningTwin, start_twin
 from onbeat.drivers.twin.inject import UNPLUGGED, Injection, inject
 from onbeat.drivers.twin.records import read_torque
-from onbeat.runtime import heartbeat, mailbox
-from onbeat.runtime.guardian import LOOK_S, PARK_PERIOD_S, Patience, parking_way
-from onbeat.runtime.heartbeat import GUARDED, IDLE, Beat, Heartbeat
+from onbeat.runtime import guardian, heartbeat, mailbox
+from onbeat.runtime.guardian import (
+    LOOK_S,
+    PARK_PERIOD_S,
+    REPLY_S,
+    GuardianConfig,
+    Port,
+    Reach,
+    Silence,
+    Unreachable,
+    act,
+    parking_way,
+)
+from onbeat.runtime.heartbeat import DONE, GUARDED, IDLE, Beat, Heartbeat
 
 pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).parents[2]
 
 
-class TestPatience:
-    def silence(self, elapsed_s: list[float]) -> list[bool]:
-        patience = Patience(limit_s=0.052)
-        patience.is_over(Beat(GUARDED, 7, False), 0.0)
-        return [patience.is_over(Beat(GUARDED, 7, False), s) for s in elapsed_s]
+@pytest.fixture
+def beat() -> Iterator[Heartbeat]:
+    made = Heartbeat.create()
+    yield made
+    made.unlink()
 
-    def test_ends_after_the_limit_and_not_before(self):
+
+class TestSilence:
+    def silence(self, elapsed_s: list[float]) -> list[bool]:
+        silence = Silence()
+        silence.after(Beat(GUARDED, 7, False), 0.0)
+        return [silence.after(Beat(GUARDED, 7, False), s) >= 0.052 for s in elapsed_s]
+
+    def test_reaches_the_limit_and_not_before(self):
         assert self.silence([LOOK_S] * 11) == [False] * 10 + [True]
 
     def test_a_beat_begins_it_anew(self):
-        patience = Patience(limit_s=0.052)
+        silence = Silence()
         for tick in range(100):
-            assert not patience.is_over(Beat(GUARDED, tick // 9, False), LOOK_S)
+            assert silence.after(Beat(GUARDED, tick // 9, False), LOOK_S) < 0.052
+
+    def test_a_goal_on_the_way_to_park_is_a_beat(self):
+        silence = Silence()
+        assert silence.after(Beat(GUARDED, 7, True, 1), LOOK_S) == 0.0
+        assert silence.after(Beat(GUARDED, 7, True, 2), LOOK_S) == 0.0
 
     def test_a_pause_of_the_machine_is_nobodys_fault(self):
         assert self.silence([30.0, LOOK_S, LOOK_S]) == [False] * 3
@@ -50,21 +76,194 @@ class TestPatience:
 class TestHeartbeat:
     def test_words_are_the_loops(self):
         assert (heartbeat.TICKS, heartbeat.ENDED_NS) == (mailbox.TICKS, mailbox.ENDED_NS)
-        assert mailbox.PROGRESS_WORDS <= heartbeat.WATCHED < heartbeat.WORDS
+        own = [heartbeat.WAY, heartbeat.LIMP, heartbeat.LOOKS, heartbeat.PHASE]
+        assert mailbox.PROGRESS_WORDS <= min(own) <= max(own) < heartbeat.WORDS
+        assert len(set(own)) == len(own)
 
-    def test_a_look_shows_what_the_loop_wrote(self):
-        beat = Heartbeat.create()
+    def test_a_look_shows_what_the_runtime_wrote(self, beat: Heartbeat):
         words = np.frombuffer(beat.words, np.int64)
-        assert beat.look() == (IDLE, 0, False)
+        assert beat.look() == (IDLE, 0, False, 0)
+        assert not beat.is_limp
         beat.set_phase(GUARDED)
-        assert not beat.look().is_due, "no tick yet"
+        assert not beat.look().is_ticking, "no tick yet"
         words[mailbox.TICKS] = 5
-        assert Heartbeat(beat.path).look().is_due
+        assert Heartbeat(beat.path).look().is_ticking
         words[mailbox.ENDED_NS] = 1
-        assert not beat.look().is_due, "it ended by itself"
+        assert not beat.look().is_ticking, "it ended by itself"
+        beat.count_way()
+        beat.set_limp()
+        assert Heartbeat(beat.path).look() == (GUARDED, 5, True, 1)
+        assert Heartbeat(beat.path).is_limp
+
+    def test_it_leaves_no_name(self, beat: Heartbeat):
         beat.unlink()
         beat.unlink()
         assert not beat.path.exists()
+
+
+class Alive:
+    """A runtime that is there."""
+
+    def is_dead(self) -> bool:
+        return False
+
+    def is_dying(self) -> bool:
+        return False
+
+
+class TestWatch:
+    """A process that is there and makes no progress, whatever it was doing."""
+
+    LIMIT_S, STANDING_S = 0.03, 0.15
+
+    def watch(
+        self, beat: Heartbeat, monkeypatch: pytest.MonkeyPatch, *, until_s: float = 5.0
+    ) -> tuple[str | None, float]:
+        """What it found, and after how long in its own time; ends as if all were well after until_s."""
+        slept_s = [0.0]
+
+        def sleep(seconds: float) -> None:
+            slept_s[0] += seconds
+            if slept_s[0] >= until_s:
+                beat.set_phase(DONE)
+
+        monkeypatch.setattr(guardian, "STANDING_S", self.STANDING_S)
+        monkeypatch.setattr(guardian.time, "monotonic", lambda: slept_s[0])
+        monkeypatch.setattr(guardian.time, "sleep", sleep)
+        return guardian.watch(beat, Alive(), self.LIMIT_S), slept_s[0]  # pyright: ignore[reportArgumentType]
+
+    def test_without_torque_is_nobodys_affair(self, beat: Heartbeat, monkeypatch: pytest.MonkeyPatch):
+        assert self.watch(beat, monkeypatch) == (None, pytest.approx(5.0, abs=0.01))
+
+    @pytest.mark.parametrize(
+        ("ticks", "ended_ns", "limit_s"),
+        [(0, 0, STANDING_S), (7, 0, LIMIT_S), (7, 1, STANDING_S)],
+        ids=["before the first tick", "ticking", "after the last"],
+    )
+    def test_is_found_hung(self, ticks: int, ended_ns: int, limit_s: float, beat: Heartbeat, monkeypatch):
+        words = np.frombuffer(beat.words, np.int64)
+        words[mailbox.TICKS], words[mailbox.ENDED_NS] = ticks, ended_ns
+        beat.set_phase(GUARDED)
+        assert self.watch(beat, monkeypatch) == ("RUNTIME_HUNG", pytest.approx(limit_s, abs=2.5 * LOOK_S))
+
+    def test_counts_its_looks(self, beat: Heartbeat, monkeypatch: pytest.MonkeyPatch):
+        self.watch(beat, monkeypatch, until_s=1.0)
+        assert beat.looks == pytest.approx(1.0 / LOOK_S, abs=2)
+
+
+class Clock:
+    """Seconds that pass while somebody sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr(guardian.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(guardian.time, "sleep", self.wait)
+
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+class Servos:
+    """A line with six servos. silent: those that do not answer. torque, goals: what the servos were told.
+
+    takes: goals after which the cable is pulled, once, for out_s. back_s: until when the port is not there.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.silent, self.takes, self.out_s, self.back_s = clock, set[int](), 10**9, 0.0, 0.0
+        self.torque, self.goals, self.reply = dict.fromkeys(range(1, 7), 1), [[2048] * 6], b""
+
+    def check(self) -> None:
+        if self.clock.now_s < self.back_s:
+            raise Unreachable("the port is gone")
+
+    def take(self, packet: bytes) -> None:
+        """A request, as it comes over the wire."""
+        self.check()
+        servo_id, instruction, address, data = packet[2], packet[4], packet[5], packet[6:-1]
+        is_goal = address == REGISTER["goal_position"].address
+        if instruction == Instruction.SYNC_WRITE and is_goal:
+            self.goals.append([int.from_bytes(data[k + 2 : k + 4], "little") for k in range(0, len(data) - 1, 3)])
+            self.back_s = self.clock.now_s + self.out_s if len(self.goals) == self.takes else 0.0
+        elif instruction == Instruction.WRITE and servo_id not in self.silent:
+            self.torque[servo_id] = data[0]
+        value = self.goals[-1][servo_id - 1].to_bytes(2, "little") if is_goal and servo_id < 7 else b"\x01"
+        answer = encode_packet(servo_id, 0, value if instruction == Instruction.READ else b"")
+        self.reply = b"" if servo_id in self.silent else answer
+
+
+class Line(Port):
+    """A port with `Servos` in place of a wire."""
+
+    def __init__(self, servos: Servos, reach: Reach) -> None:
+        servos.check()
+        self._servos, self._reach, self._fd = servos, reach, os.open("/dev/null", os.O_RDWR)
+
+    def _write(self, packet: bytes) -> None:
+        self._servos.take(packet)
+
+    def _receive(self, length: int) -> bytes:
+        self._servos.clock.wait(0.0 if self._servos.reply else REPLY_S)
+        return self._servos.reply[:length]
+
+
+class TestAct:
+    """What the guardian does to a line, in simulated time."""
+
+    CONFIG = GuardianConfig("port", 1_000_000, "", 1, 0.005, 40, "park", (1, 2, 3, 4, 5, 6), (3000,) * 6, 100.0)
+
+    @pytest.fixture
+    def servos(self, monkeypatch: pytest.MonkeyPatch) -> Servos:
+        line = Servos(Clock(monkeypatch))
+        monkeypatch.setattr(guardian, "Port", lambda _path, _baud_rate, reach: Line(line, reach))
+        return line
+
+    def test_parks_and_lets_go(self, servos: Servos):
+        assert act(self.CONFIG, "park") == {"did": "park"}
+        assert servos.goals[-1] == [3000] * 6
+        assert set(servos.torque.values()) == {0}
+
+    def test_a_cable_that_is_pulled_after_a_long_way_is_waited_for(self, servos: Servos):
+        """More than ten seconds on the way do not count as time in which the arm was out of reach."""
+        servos.takes, servos.out_s = 800, 9.0
+        assert act(self.CONFIG, "park") == {"did": "park"}
+        assert servos.clock.now_s > 125.0
+        assert set(servos.torque.values()) == {0}
+
+    def test_an_arm_that_is_lost_on_the_way_is_told_as_that(self, servos: Servos):
+        servos.takes, servos.out_s = 300, 60.0
+        assert act(self.CONFIG, "park") == {"did": "part", "why": "the port is gone"}
+
+    def test_an_arm_that_never_was_there_is_given_up_in_time(self, servos: Servos):
+        servos.back_s = 1e9
+        assert act(self.CONFIG, "relax") == {"did": "nothing", "why": "the port is gone"}
+        assert servos.clock.now_s == pytest.approx(110.0, abs=0.1)
+
+    def test_a_servo_that_is_silent_keeps_no_other_on_and_nobody_waiting(self, servos: Servos):
+        servos.silent = {2}
+        assert act(self.CONFIG, "relax") == {"did": "part", "why": "servo 2 does not answer"}
+        assert [servos.torque[k] for k in (1, 3, 4, 5, 6)] == [0] * 5
+        assert servos.clock.now_s == pytest.approx(110.0, abs=1.0)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"park_steps": ()},
+            {"park_steps": (3000,) * 5},
+            {"park_steps": (3000,) * 5 + (4096,)},
+            {"park_steps": (3000,) * 5 + (-1,)},
+            {"park_steps_s": 0.0},
+            {"park_steps_s": -1.0},
+            {"park_steps_s": math.nan},
+            {"park_steps_s": math.inf},
+        ],
+    )
+    def test_a_way_that_is_none_leaves_the_arm_holding(self, wrong: dict[str, Any], servos: Servos):
+        told = act(replace(self.CONFIG, **wrong), "park")
+        assert told["did"] == "hold"
+        assert "correct park_q and park_speed_rad_s" in told["why"]
+        assert len(servos.goals) == 1, "none was sent"
+        assert set(servos.torque.values()) == {1}
 
 
 class TestParkingWay:
@@ -97,6 +296,8 @@ from onbeat.runtime.robots import build_robot, from_json
 robot = build_robot(from_json(json.loads(sys.argv[1])))
 bus = FeetechBus(robot.config.port, load_joints(FACTORY, robot.joints))
 with Guard(robot, bus) as guard:
+    if sys.argv[3]:
+        guard.set_limp()
     guard.arm()
     bus.enable(True)
     start = bus.wire.position_rad.copy()
@@ -113,13 +314,15 @@ with Guard(robot, bus) as guard:
 class Victim:
     """A process that moves the twin's arm under a guardian."""
 
-    def __init__(self, twin: RunningTwin, on_exit: str, ticks: int = 100_000, beats: int = 40) -> None:
+    def __init__(
+        self, twin: RunningTwin, on_exit: str, ticks: int = 100_000, beats: int = 40, *, is_limp: bool = False
+    ) -> None:
         from onbeat.runtime.robots import as_json, load_robot
 
         config = replace(
             load_robot("so101-twin").config, port=twin.port, on_exit=on_exit, loop_rate_hz=100.0, missed_beats=beats
         )
-        command = [sys.executable, "-c", VICTIM, json.dumps(as_json(config)), str(ticks)]
+        command = [sys.executable, "-c", VICTIM, json.dumps(as_json(config)), str(ticks), "limp" * is_limp]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.guardian_pid = int(self.process.stdout.readline().split()[1])
@@ -218,6 +421,12 @@ class TestOnTheTwin:
         victim.process.kill()
         assert victim.rest()[0]["did"] == "hold"
         assert not let_go(twin, since_ns)
+
+    def test_an_arm_that_cannot_hold_is_let_go_whatever_its_file_says(self, twin: RunningTwin):
+        victim, since_ns = Victim(twin, "hold", is_limp=True), time.monotonic_ns()
+        victim.process.kill()
+        assert victim.rest()[0]["did"] == "relax"
+        assert let_go(twin, since_ns)
 
     def test_it_writes_nothing_while_the_runtime_is_well(self, twin: RunningTwin):
         victim = Victim(twin, "relax", ticks=150)

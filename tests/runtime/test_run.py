@@ -29,7 +29,7 @@ from onbeat.runtime.mailbox import StateHistory
 from onbeat.runtime.realtime import prepare_loop
 from onbeat.runtime.record import TickLog
 from onbeat.runtime.robots import RobotError, apply_toml, as_json, from_json, load_robot
-from onbeat.runtime.run import RunRefused, main, new_run_folder, parse, start_daemon
+from onbeat.runtime.run import RunRefused, events_of, guardian_text, main, new_run_folder, parse, start_daemon
 from onbeat.runtime.safety import onsets
 from onbeat.runtime.tick import TickState, new_tick_state
 from onbeat.runtime.timeline import publish
@@ -216,6 +216,24 @@ class TestRobotFile:
         path.write_text("v_max = [1, 2, 3, 1, 2, 3]\n")
         config = apply_toml(load_robot("so101").config, path)
         assert from_json(json.loads(json.dumps(as_json(config)))) == config
+
+
+class TestWhatIsTold:
+    def test_a_librarys_line_is_no_event(self):
+        lines = ["Loading...\n", "\n", "3\n", '["event"]\n', '{"level": 1}\n', '{"event": "done"}\n', '{"event": "do']
+        assert list(events_of(lines)) == [{"event": "done"}]
+
+    @pytest.mark.parametrize(
+        ("event", "text"),
+        [
+            ({"did": "relax", "took_s": 0.1}, "RUNTIME_HUNG: the guardian took torque off"),
+            ({"did": "hold", "why": "no way"}, "RUNTIME_HUNG: the guardian left the arm holding, no way"),
+            ({"did": "part", "why": "gone"}, "RUNTIME_HUNG: the guardian lost the arm before it was done, gone"),
+            ({"did": "nothing", "why": "gone"}, "RUNTIME_HUNG: the guardian could not reach the arm, gone"),
+        ],
+    )
+    def test_what_the_guardian_did_in_words(self, event: dict[str, str], text: str):
+        assert guardian_text({"fault": "RUNTIME_HUNG", **event}) == text
 
 
 def start_loop(state: TickState, bus: FeetechBus) -> tuple[ControlLoop, threading.Thread, np.ndarray]:
