@@ -22,8 +22,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from onbeat.calibration.joints import load_joints
-from onbeat.drivers.feetech.device import BusSettings, FeetechBus
 from onbeat.drivers.interfaces import Actuators, Camera
 from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
@@ -44,7 +42,7 @@ from onbeat.runtime.modes import ASYNC, choose_mode
 from onbeat.runtime.policy import load_policy
 from onbeat.runtime.profile.machine import MachineSampler
 from onbeat.runtime.realtime import prepare_inference, prepare_loop, prepare_process
-from onbeat.runtime.robots import RELAX, Robot, build_robot, from_json
+from onbeat.runtime.robots import RELAX, Robot, build_robot, from_json, open_bus
 from onbeat.runtime.safety import NO_FAULT, onsets, report, set_condition
 from onbeat.runtime.scheduler import Scheduler
 from onbeat.runtime.tick import TickState, new_tick_state
@@ -201,8 +199,7 @@ class Session:
         self._end_arm()
 
     def _run_loop(self) -> None:
-        self.bus.enable(True)
-        self.loop.read_first()
+        self.loop.hold()
         self.loop.run()
 
     def _end_arm(self) -> None:
@@ -307,14 +304,12 @@ def drive(config: DaemonConfig, stop: threading.Event, say: Say) -> None:
     )
     mode = choose_mode(policy.spec, config.mode, allow_untrained_prefix=config.allow_untrained_prefix)
     policy.language.prompt(config.instruction)
-    joints = load_joints(Path(robot.config.calibration), robot.joints)
-    settings = BusSettings(baud_rate=robot.config.baud_rate, retries=robot.config.bus_retries)
     told = {name: value for name, value in asdict(config).items() if name != "robot"}
     sampler = MachineSampler((LOOP, INFERENCE, RECORDS))
     header = make_header(told, robot, policy.spec, mode=mode, sampler=sampler)
     with ExitStack() as devices:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
-        bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
+        bus = devices.enter_context(open_bus(robot))
         guard = devices.enter_context(Guard(robot, bus))
         view = devices.enter_context(ViewPipe(config.view, header)) if config.view else None
         recorder = devices.enter_context(open_recorder(config, header, sampler, view))

@@ -15,10 +15,10 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from onbeat.drivers.feetech.device import BusSettings, FeetechBus, JointCalibration, allocate_wire
-from onbeat.drivers.feetech.errors import BusError, PortLost
+from onbeat.drivers.feetech.errors import BusError, GoalRefused, PortLost, ServoFault
 from onbeat.drivers.feetech.exchange import Wire, exchange_joints
 from onbeat.drivers.feetech.pace import BusPace
-from onbeat.drivers.feetech.protocol import NO_REPLY, OK, PORT_LOST
+from onbeat.drivers.feetech.protocol import GOAL_REFUSED, NO_REPLY, OK, PORT_LOST, SERVO_FAULT
 from onbeat.drivers.interfaces import Actuators, JointState
 from onbeat.kernels.compiled import compiled
 from onbeat.runtime.mailbox import ActuatorBox, exchange_mailbox, new_actuator_box, put_answer, take_goal
@@ -71,7 +71,7 @@ def link_to(actuators: Actuators, *, rate_hz: float) -> Iterator[Linked]:
 
 def bus_link(bus: FeetechBus, rate_hz: float) -> Link:
     """The wire of a bus with the time-outs of a loop. Raises RateTooHigh."""
-    settings = BusPace(len(bus.joints), bus.settings.baud_rate).fit(bus.settings, rate_hz)
+    settings = BusPace.of(bus).fit(bus.settings, rate_hz)
     limits = np.array([settings.timeout_ms * 1e6, settings.settle_ms * 1e6, settings.retries], np.int64)
     return Link(bus.wire._replace(limits=limits), new_actuator_box(len(bus.joints)))
 
@@ -145,14 +145,24 @@ class ActuatorServer:
             self._actuators.read(self._state)
         except BaseException as error:
             self.error = error
-            is_passing = isinstance(error, BusError) and not isinstance(error, PortLost)
-            self._answer(NO_REPLY if is_passing else PORT_LOST)
+            self._answer(_code_of(error), error.status if isinstance(error, ServoFault) else 0)
             return
         self._answer(OK)
 
-    def _answer(self, outcome: int) -> None:
+    def _answer(self, outcome: int, status: int = 0) -> None:
+        """status: bits of a servo, of whichever; its error does not say which."""
         state = self._state
+        self.link.wire.status[:] = status
         put_answer(self.link.box, state.t_ns, outcome, state.position_rad, state.velocity_rad_s, state.load)
+
+
+def _code_of(error: BaseException) -> int:
+    """The fault code that an exchange on a bus would have had."""
+    if isinstance(error, ServoFault):
+        return SERVO_FAULT
+    if isinstance(error, GoalRefused):
+        return GOAL_REFUSED
+    return NO_REPLY if isinstance(error, BusError) and not isinstance(error, PortLost) else PORT_LOST
 
 
 class NoAnswer(BusError):

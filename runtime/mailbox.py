@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from onbeat.drivers.feetech.protocol import GOAL_REFUSED, NO_REPLY, OK
+from onbeat.drivers.feetech.protocol import GOAL_REFUSED, NO_REPLY, OK, SERVO_FAULT
 from onbeat.kernels.arrays import copy_values
 from onbeat.kernels.atomics import begin_read, begin_write, end_write, fence, is_intact, load_acquire, store_release
 from onbeat.kernels.compiled import compiled
@@ -135,7 +135,7 @@ def exchange_mailbox(box, wire, goal_rad, now_ns):
     end_write(box.goal_word)
     _write(box.wake_fd, box.one.ctypes, 8)
     outcome = _take_answer(box, wire)
-    return NO_REPLY if outcome == OK and now_ns - wire.t_ns[0] > STALE_NS else outcome
+    return NO_REPLY if outcome in (OK, SERVO_FAULT) and now_ns - wire.t_ns[0] > STALE_NS else outcome
 
 
 @compiled

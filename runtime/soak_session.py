@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onbeat.calibration.joints import load_joints
-from onbeat.drivers.feetech.device import BusSettings, FeetechBus
 from onbeat.drivers.twin.frames import SharedFrameCamera
 from onbeat.drivers.twin.lifeline import end_with_parent, stop_on_signal
 from onbeat.embodiment.errors import OnbeatError
@@ -36,7 +34,7 @@ from onbeat.runtime.loop import compile_ahead
 from onbeat.runtime.modes import ASYNC
 from onbeat.runtime.observation import Observation
 from onbeat.runtime.policy import PolicyOutput, StageTimes
-from onbeat.runtime.robots import Robot, build_robot, from_json, load_robot
+from onbeat.runtime.robots import Robot, build_robot, from_json, load_robot, open_bus
 from onbeat.runtime.safety import NO_FAULT, onsets
 from onbeat.runtime.timeline import publish
 
@@ -220,12 +218,10 @@ def run_leg(leg: Leg, stop: threading.Event) -> bool:
     One that could not bring the arm to its end has left that to the guardian, which waits for this process to be gone.
     """
     robot = build_robot(from_json(leg.robot))
-    joints = load_joints(Path(robot.config.calibration), robot.joints)
-    settings = BusSettings(baud_rate=robot.config.baud_rate, retries=robot.config.bus_retries)
     policy = SwayPolicy(robot, leg.seed)
     with ExitStack() as devices:
         cameras = [devices.enter_context(SharedFrameCamera(r, n)) for n, r in robot.config.cameras.items()]
-        bus = devices.enter_context(FeetechBus(robot.config.port, joints, settings))
+        bus = devices.enter_context(open_bus(robot))
         guard = devices.enter_context(Guard(robot, bus))
         header = make_header({"leg": leg.name}, robot, policy.spec, mode=ASYNC)
         folder = Path(leg.run_dir) / f"{LOG_FOLDER}-{leg.name}-{header['started_ns']}"

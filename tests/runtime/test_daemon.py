@@ -110,12 +110,12 @@ class CountingBus(FakeBus):
         super().read(into)
         self.position_rad[list(self.held)] = into.position_rad[list(self.held)] = 0.0
 
-    def enable(self, on: bool, /) -> None:
+    def enable(self, on: bool, /) -> np.ndarray:
         self.was_enabled |= on
         if not on and not self.obeys:
             raise NoReply("servo 1 did not reply")
-        super().enable(on)
         self.off_s = 0.0 if on else time.monotonic()
+        return super().enable(on)
 
 
 class WatchedGuard:
