@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from onbeat.embodiment.kinds import from_absolute, to_absolute
 from onbeat.kernels.splice import guidance_weights
 from onbeat.runtime.delay import (
+    SPACING_QUANTILE,
     WINDOW,
     DelayBudget,
     DelayTooLong,
     bound_problem,
+    elapsed_steps,
     executed_steps,
-    high_quantile,
     leaves_gap,
+    quantile_steps,
     spaced_steps,
 )
 from onbeat.runtime.engine import Guidance, PolicySpec
@@ -104,7 +106,7 @@ class Chunker:
         asked = self.robot.config.execute_steps
         if self.mode == SYNC:
             return min(asked or self.policy.spec.chunk, self.policy.spec.chunk)
-        return max(asked, self.budget.steps(), high_quantile(self.spaced))
+        return max(asked, self.budget.steps(), quantile_steps(self.spaced, SPACING_QUANTILE))
 
     def is_due(self, observed_ns: int) -> bool:
         """Whether to infer from an observation of that time: newer than the last, and s steps after it.
@@ -153,9 +155,10 @@ class Chunker:
             locked_rows=plan.locked,
             blend_rows=config.blend_steps,
         )
-        self.executed = executed_steps(max(now_ns, int(self.timeline.met_ns[0])), plan.observed_ns, period_ns)
+        came = (max(now_ns, int(self.timeline.met_ns[0])), plan.observed_ns, period_ns)
+        self.executed = executed_steps(*came)
         if not is_cold:
-            self.budget.add(self.executed)
+            self.budget.add(elapsed_steps(*came))
         if first_row >= 0:
             self._count_spacing(plan.observed_ns, is_cold)
         self._observed_ns = max(self._observed_ns, plan.observed_ns)
@@ -165,7 +168,7 @@ class Chunker:
     def count_delay(self, observed_ns: int, now_ns: int) -> None:
         """An inference that was warm had its chunk ready at now_ns."""
         ran_until_ns = max(now_ns, int(self.timeline.progress_ns[0]))
-        self.budget.add(executed_steps(ran_until_ns, observed_ns, self.robot.policy_period_ns))
+        self.budget.add(elapsed_steps(ran_until_ns, observed_ns, self.robot.policy_period_ns))
 
     def check_start(self) -> str:
         """What is wrong with d, s and H before anything moves. Raises DelayTooLong when no margin is to blame."""
@@ -184,7 +187,7 @@ class Chunker:
                 f"d = {delay} policy steps is more than the {trained} rows that the checkpoint was trained to "
                 "continue: infer faster, lower margin_steps, or train with a longer simulated delay"
             )
-        spaced = high_quantile(self.spaced)
+        spaced = quantile_steps(self.spaced, SPACING_QUANTILE)
         return bound_problem(delay, self.robot.config.execute_steps, self.policy.spec.chunk, spaced)
 
     def _count_spacing(self, observed_ns: int, is_cold: bool) -> None:

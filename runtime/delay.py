@@ -2,7 +2,8 @@
 
 A chunk takes over at a policy step, so that nothing jumps: rows that are past when it comes, and the next to come, on
 whose way the robot already is, are the old ones. By the loop's ticks and not by the clock alone, where those are ahead.
-The budget of the next chunk is a high quantile of those counts, plus a margin.
+The budget of the next chunk is that of a high quantile of when they came, plus a margin: a part of a step is a margin
+too, and a whole one would have every robot answer a step later.
 
     observation        rows 0 to 3 are the old ones: d = 4
         ▼
@@ -15,6 +16,7 @@ s is the execution horizon, the policy steps from one observation to the next, a
 bound d <= s <= H - d: arXiv 2506.07339: a chunk comes before the next inference starts, and lasts until the next seam.
 """
 
+import math
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from onbeat.embodiment.errors import OnbeatError
 from onbeat.runtime.timeline import find_next_row
 
 QUANTILE = 0.95
+SPACING_QUANTILE = 0.75  # what is rarer is an outage, which has faults of its own
 WINDOW = 64  # chunks remembered: some ten seconds of a policy at 5 to 10 Hz
 
 
@@ -34,27 +37,40 @@ class DelayTooLong(OnbeatError):
 
 @dataclass(slots=True)
 class DelayBudget:
-    """The delay d to plan with. margin_steps: on top of the quantile. Before any measurement d is the margin alone."""
+    """The delay d to plan with. margin_steps: on top of the quantile, a part of a policy step as a rule."""
 
-    margin_steps: int
-    counted: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    margin_steps: float
+    came: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def add(self, steps: int) -> None:
-        """A chunk came after so many steps. Not for a cold inference, which says nothing of the next."""
-        self.counted.append(steps)
+    def add(self, steps: float) -> None:
+        """A chunk came that many policy steps after its observation. Not for a cold inference: the next is not."""
+        self.came.append(steps)
 
     def measured(self) -> int:
-        """The quantile alone."""
-        return high_quantile(self.counted)
+        """The d of the quantile alone; 0 before any measurement."""
+        return rows_until(self._quantile()) if self.came else 0
 
     def steps(self) -> int:
         """The delay d."""
-        return self.measured() + self.margin_steps
+        return rows_until(self._quantile() + self.margin_steps)
+
+    def _quantile(self) -> float:
+        return float(np.quantile(list(self.came), QUANTILE, method="higher")) if self.came else 0.0
 
 
-def high_quantile(counted: Collection[int]) -> int:
-    """Of so many steps, one that was counted, never one between two; 0 of none."""
-    return int(np.quantile(list(counted), QUANTILE, method="higher")) if counted else 0
+def rows_until(steps: float) -> int:
+    """d of a chunk that comes so many policy steps after its observation."""
+    return max(0, math.ceil(steps)) + 1
+
+
+def quantile_steps(counted: Collection[int], share: float) -> int:
+    """A quantile, and never one between two that were counted; 0 of none."""
+    return int(np.quantile(list(counted), share, method="higher")) if counted else 0
+
+
+def elapsed_steps(ran_until_ns: int, t0_ns: int, period_ns: int) -> float:
+    """When a chunk comes, in policy steps after its row 0 was due."""
+    return (ran_until_ns - t0_ns) / period_ns
 
 
 def executed_steps(ran_until_ns: int, t0_ns: int, period_ns: int) -> int:

@@ -59,7 +59,7 @@ class RobotConfig:
     nothing to do with each other.
 
     cameras: view name -> name of its shared-memory ring; the twin names its own. port: the servo bus, empty when it
-    must be given. margin_steps: policy steps added to the measured delay. execute_steps: from one observation to
+    must be given. margin_steps: policy steps added to when chunks come. execute_steps: from one observation to
     the next, 0 for as often as inference can. blend_steps: over which a new chunk fades in at most.
 
     on_exit: "hold" (torque stays on), "relax" (torque off, an arm falls) or "park" (to park_q, rad per joint, at
@@ -93,7 +93,7 @@ class RobotConfig:
     park_q: tuple[float, ...] = ()
     park_speed_rad_s: float = 0.5
     missed_beats: int = 40
-    margin_steps: int = 1
+    margin_steps: float = 0.5
     execute_steps: int = 0
     blend_steps: int = 2
 
@@ -254,7 +254,8 @@ def _check_config(config: RobotConfig, joints: int) -> None:
         raise RobotError(f"{config.name}: tool_low_m and tool_high_m are x, y, z in m: give three numbers each")
     if len(config.max_behind_rad) not in (0, joints) or min(config.max_behind_rad, default=0.0) < 0:
         raise RobotError(f"{config.name}: max_behind_rad is 0 or more for each of {joints} joints, or empty")
-    if config.max_frame_age_ms <= 0 or config.margin_steps < 0 or min(config.execute_steps, config.blend_steps) < 0:
+    steps = (config.margin_steps, config.execute_steps, config.blend_steps)
+    if config.max_frame_age_ms <= 0 or not all(0 <= count < math.inf for count in steps):
         raise RobotError(f"{config.name}: max_frame_age_ms must be above 0, *_steps 0 or more")
     if len(config.park_q) not in (0, joints) or not 0 < config.park_speed_rad_s < math.inf:
         raise RobotError(f"{config.name}: park_q is rad for each of {joints} joints, park_speed_rad_s above 0")

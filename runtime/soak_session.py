@@ -184,9 +184,9 @@ class Stage:
         publish(timeline, rows, t0_ns=now_ns - 1, period_ns=period_ns, now_ns=now_ns, locked_rows=4, blend_rows=2)
 
     def _slow(self) -> None:
-        counted = self.session.scheduler._chunker.budget.counted
-        counted.extend([ROWS] * 8)
-        threading.Timer(0.3, counted.clear).start()
+        came = self.session.scheduler._chunker.budget.came
+        came.extend([ROWS] * 8)
+        threading.Timer(0.3, came.clear).start()
 
     def _restart(self) -> None:
         self.session.scheduler.warm_up()

@@ -73,7 +73,7 @@ class ChunkReplay:
         allow_untrained = bool(recording.config.get("allow_untrained_prefix"))
         chunker = Chunker(self._policy, recording.robot, self._timeline, recording.mode, allow_untrained)
         if len(recording.chunks):
-            chunker.budget.add(int(recording.chunks["budget"][0]) - chunker.budget.margin_steps)
+            chunker.budget.add(int(recording.chunks["budget"][0]) - 1 - chunker.budget.margin_steps)
         return chunker
 
     def _show(self, recorded: np.void, observation: np.void) -> None:

@@ -3,33 +3,47 @@
 import numpy as np
 import pytest
 
-from onbeat.runtime.delay import DelayBudget, bound_problem, executed_steps, leaves_gap, spaced_steps
+from onbeat.runtime.delay import DelayBudget, bound_problem, elapsed_steps, executed_steps, leaves_gap, spaced_steps
 
 PERIOD_NS = 100
 
 
 class TestBudget:
-    def test_is_the_margin_before_any_measurement(self):
-        assert DelayBudget(margin_steps=1).steps() == 1
+    def test_is_that_of_the_margin_before_any_measurement(self):
+        assert [DelayBudget(margin).steps() for margin in (0.0, 0.5, 1.0, 1.1)] == [1, 2, 2, 3]
+        assert DelayBudget(1.0).measured() == 0
+
+    @pytest.mark.parametrize(("margin", "came", "steps"), [(0.5, 0.2, 2), (0.5, 0.5, 2), (0.5, 0.6, 3), (1.0, 0.2, 3)])
+    def test_a_part_of_a_step_is_a_margin(self, margin: float, came: float, steps: int):
+        budget = DelayBudget(margin)
+        budget.add(came)
+        assert budget.steps() == steps
+        assert budget.measured() == 2
+
+    def test_covers_the_chunk_that_was_counted_whatever_the_margin(self):
+        for came_ns in range(1, 400, 7):
+            budget = DelayBudget(margin_steps=0.0)
+            budget.add(elapsed_steps(came_ns, 0, PERIOD_NS))
+            assert budget.steps() == budget.measured() == executed_steps(came_ns, 0, PERIOD_NS)
 
     def test_follows_the_slow_ones_and_forgets_them(self):
-        budget = DelayBudget(margin_steps=1)
+        budget = DelayBudget(margin_steps=0.5)
         for k in range(40):
-            budget.add(3 if k % 10 == 0 else 1)
-        assert (budget.measured(), budget.steps()) == (3, 4)
+            budget.add(2.4 if k % 10 == 0 else 0.4)
+        assert (budget.measured(), budget.steps()) == (4, 4)
         for _ in range(64):
-            budget.add(1)
+            budget.add(0.4)
         assert budget.steps() == 2
 
     def test_one_in_a_hundred_is_no_reason(self):
-        budget = DelayBudget(margin_steps=0)
+        budget = DelayBudget(margin_steps=0.0)
         for k in range(64):
-            budget.add(9 if k == 30 else 2)
+            budget.add(9.0 if k == 30 else 1.0)
         assert budget.steps() == 2
 
-    def test_is_a_step_that_was_counted_and_never_one_between_two(self):
-        budget = DelayBudget(margin_steps=0)
-        for steps in (1, 1, 5):
+    def test_is_one_that_was_counted_and_never_one_between_two(self):
+        budget = DelayBudget(margin_steps=0.0)
+        for steps in (0.1, 0.1, 4.0):
             budget.add(steps)
         assert budget.steps() == 5
 
