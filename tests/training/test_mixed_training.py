@@ -159,7 +159,7 @@ def test_a_mixture_is_learnt_told_exported_and_verified(mixture: Path, tmp_path:
     assert 0.8 < rows[-1]["balance"] < 2.0
     check_curves(tmp_path / "out" / CURVES_FOLDER)
     config = load_checkpoint(tmp_path / "out").config
-    assert config.delay.longest == 2
+    assert config.delay.longest == 3
     assert config.adapters
     bundle = ["export", str(tmp_path / "out"), str(tmp_path / "bundle"), "--embodiment", "so101"]
     assert onbeat([*bundle, "--variant", "so101", "--json"]) == 0  # which compares ONNX with PyTorch on the way
