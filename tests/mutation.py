@@ -78,6 +78,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         ): "only empty slots have the same id"
         for was, end in (("<", "oldest"), (">", "newest"))
     },
+    (
+        "if oldest == EMPTY or timeline.chunk_id[slot] < timeline.chunk_id[oldest]:",
+        "if oldest == EMPTY or timeline.chunk_id[slot] <= timeline.chunk_id[oldest]:",
+    ): "only empty slots have the same id",
     ("SLOTS = 16", "SLOTS = 17"): "a size that was chosen, and no rule",
     ("LOOKS = 8", "LOOKS = 9"): "a size that was chosen, and no rule",
     ("if gap <= 0.0:", "if gap < 0.0:"): "the formula gives 0 for a gap of 0 too",

@@ -94,8 +94,8 @@ class TestBadInput:
         assert find_slot(timeline, 10**9) == EMPTY
 
     def test_words_that_are_shared_are_one_each(self, timeline: Timeline):
-        words = (timeline.newest_t0_ns, timeline.published, timeline.closed, timeline.progress_ns)
-        assert [word.shape for word in (*words, *timeline.sequence)] == [(1,)] * (4 + len(timeline.chunk_id))
+        words = (timeline.newest_t0_ns, timeline.published, timeline.closed, timeline.progress_ns, timeline.met_ns)
+        assert [word.shape for word in (*words, *timeline.sequence)] == [(1,)] * (5 + len(timeline.chunk_id))
 
     def test_two_slots_are_enough_for_one_chunk_after_the_other(self):
         timeline = new_timeline(16, 1, slots=2)
@@ -289,7 +289,9 @@ class TestMemory:
         assert (forgotten > 0) == (apart_ms < 50)
 
     def test_nothing_is_remembered_once_chunks_are_withdrawn(self, timeline: Timeline):
-        put(timeline, 1.0, t0_ns=0, now_ns=0)
+        for k in range(4):
+            put(timeline, 1.0, t0_ns=k, now_ns=k)
+        assert self.remembered_at(timeline, PERIOD_NS) == 1.0
         close(timeline)
         assert np.isnan(self.remembered_at(timeline, PERIOD_NS))
 
