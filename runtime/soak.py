@@ -26,7 +26,7 @@ from onbeat.runtime.robots import HOLD, RELAX, Robot, as_json, build_robot, load
 from onbeat.runtime.soak_reactions import made_of
 from onbeat.runtime.soak_report import Story, Wire, as_text, judge
 from onbeat.runtime.soak_runner import Runner, SoakFailed, Told
-from onbeat.runtime.soak_schedule import ENDINGS, GUARDIANS, TIMES, Due, Kind, all_lanes, end_of, schedule
+from onbeat.runtime.soak_schedule import ENDINGS, GUARDIANS, IN_TURN, TIMES, Due, Kind, all_lanes, end_of, schedule
 from onbeat.runtime.soak_session import Act, Leg
 
 CLEAR_OF_THE_TABLE_M = 0.05  # or a dive would press on it or the cube until servos give up: another fault
@@ -99,7 +99,7 @@ class Legs:
             if not hidden:
                 break
             self.hidden |= {kind.fault.name for kind in hidden}
-            dues = schedule(hidden, rng, 0.0)
+            dues = schedule([[kind for kind in group if kind in hidden] for group in IN_TURN], rng, 0.0)
             again.append(self.run("again", end_of(dues), dues, check_long))
         return again
 

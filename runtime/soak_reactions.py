@@ -63,10 +63,14 @@ class Window(NamedTuple):
 
 @dataclass(slots=True)
 class Reaction:
-    """Windows of a row and level: judged, too short to be, and broken. without: how many the control leg would break,
-    which nothing slowed; what it would not break says little."""
+    """Windows of a row and level: judged, too short to be, and broken.
+
+    alone: judged, and no other row asked for as much. without: how many the control leg would break, which nothing
+    slowed; what it would not break says little.
+    """
 
     judged: int = 0
+    alone: int = 0
     too_short: int = 0
     broken: int = 0
     without: int = 0
@@ -149,11 +153,20 @@ def reactions(
     """Of each row that slows or holds. legs: ticks, and their goals (T, J) in steps. control: those of its leg."""
     found: dict[tuple[Fault, Level], Reaction] = {}
     for ticks, steps in legs:
-        for window in windows_of(ticks, bounds.limits.period_s):
-            if window.level in (Level.SLOW, Level.HOLD):
+        windows = [w for w in windows_of(ticks, bounds.limits.period_s) if w.level >= Level.SLOW]
+        for window in windows:
+            if window.level <= Level.HOLD:
                 reaction = found.setdefault((window.fault, window.level), Reaction())
+                judged = reaction.judged
                 judge_window(reaction, window, ticks["load"], steps, control, bounds)
+                reaction.alone += reaction.judged - judged if is_alone(window, windows) else 0
     return found
+
+
+def is_alone(window: Window, windows: Sequence[Window]) -> bool:
+    """Whether no other row asks for as much at some moment of a window."""
+    others = (w for w in windows if w.fault != window.fault and w.level >= window.level)
+    return not any(w.begin < window.end and window.begin < w.end for w in others)
 
 
 def judge_window(

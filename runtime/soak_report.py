@@ -269,10 +269,12 @@ def _reaction_lines(result: Mapping[str, Any]) -> Iterator[str]:
         after_s, within_s = ("-" if value is None else f"{value:g}" for value in (made["after_s"], made["within_s"]))
         yield f"{name:<32}{made['made']:>8}{made['found']:>10}{after_s:>10}{within_s:>10}"
     yield ""
-    yield f"{'obeyed on the wire':<32}{'judged':>8}{'too short':>10}{'broken':>10}{'without':>10}"
+    yield f"{'obeyed on the wire':<32}{'judged':>8}{'alone':>10}{'too short':>10}{'broken':>10}{'without':>10}"
     for name, reaction in result["reactions"].items():
-        judged = reaction["judged"] or "none"
-        yield f"{name:<32}{judged:>8}{reaction['too_short']:>10}{reaction['broken']:>10}{reaction['without']:>10}"
+        counts = {**reaction, "judged": reaction["judged"] or "none"}
+        yield f"{name:<32}{counts['judged']:>8}" + "".join(
+            f"{counts[what]:>10}" for what in ("alone", "too_short", "broken", "without")
+        )
 
 
 def _run_lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -47,18 +47,21 @@ WIRE_LANE = (
     Kind(Fault.CAMERA_CLOCK, "wire", "clock_stalled", 0.35, 1.1),
     Kind(Fault.CAMERA_CLOCK, "wire", "clock_jumped", 0.35, 1.1),
     Kind(Fault.CAMERA_BLANK, "wire", "camera_blank", 0.3, 0.8),
-    Kind(Fault.BUS_RETRIES, "wire", "flaky", 0.2, 3.4),  # the bucket that it fills is empty after 3 s
-    Kind(Fault.BUS_SILENT, "wire", "silence", 0.12, 0.5),
-    Kind(Fault.BUS_SILENT, "wire", "bad_checksum", 0.05, 0.4),
-    Kind(Fault.BUS_SILENT, "wire", "short_reply", 0.05, 0.4),
     Kind(Fault.SERVO_LOAD, "wire", "loaded", 0.8, 1.5),
     Kind(Fault.SERVO_HOT, "wire", "hot", 0.2, 1.4),
     Kind(Fault.SERVO_POWER, "wire", "voltage", 0.2, 0.9),
     Kind(Fault.TICK_MISSED, "process", "pause", PAUSE_S, 0.5),
 )
+RETRIES = (Kind(Fault.BUS_RETRIES, "wire", "flaky", 0.2, 3.4),)  # the bucket that it fills is empty after 3 s
+SILENCES = (  # that fill the same bucket, so that all that comes later finds the arm slow: the last of the wire's lane
+    Kind(Fault.BUS_SILENT, "wire", "silence", 0.12, 0.5),
+    Kind(Fault.BUS_SILENT, "wire", "bad_checksum", 0.05, 0.4),
+    Kind(Fault.BUS_SILENT, "wire", "short_reply", 0.05, 0.4),
+)
 ALONE = (  # nothing else may keep the arm from moving meanwhile; the joint that sways furthest in that time
     Kind(Fault.SERVO_BEHIND, "wire", "stuck", 1.2, 1.8, joints=(4,)),
 )
+IN_TURN = (ALONE, SEAM_LANE, WIRE_LANE, RETRIES, SILENCES)
 ENDINGS = (
     Kind(Fault.INFERENCE_DIED, "seam", "crash", 9.0, 0.5),
     Kind(Fault.DISK_FULL, "seam", "fill_disk", 9.0, 0.5),
@@ -100,19 +103,22 @@ class Due(NamedTuple):
     joint: int
 
 
-def schedule(lane: Sequence[Kind], rng: np.random.Generator, seconds: float, begin_s: float = SETTLE_S) -> list[Due]:
-    """Every kind TIMES times, in random order, spread from begin_s to `seconds` but no closer than their slots."""
-    kinds = [lane[k] for k in rng.permutation(np.repeat(np.arange(len(lane)), TIMES))]
+def schedule(
+    groups: Sequence[Sequence[Kind]], rng: np.random.Generator, seconds: float, begin_s: float = SETTLE_S
+) -> list[Due]:
+    """Every kind TIMES times, in random order within its group, spread from begin_s to `seconds` but no closer than
+    their slots. groups: one after the other."""
+    kinds = [group[k] for group in groups for k in rng.permutation(np.repeat(np.arange(len(group)), TIMES))]
     spread = max(1.0, (seconds - begin_s) / sum(kind.slot_s for kind in kinds))
     starts_s = begin_s + spread * np.cumsum([0.0, *(kind.slot_s for kind in kinds[:-1])])
     return [Due(kind, float(at_s), int(rng.choice(kind.joints))) for kind, at_s in zip(kinds, starts_s, strict=True)]
 
 
 def all_lanes(rng: np.random.Generator, seconds: float) -> list[Due]:
-    """Both lanes side by side, then what wants the arm for itself; in about `seconds`."""
-    alone_s = TIMES * sum(kind.slot_s for kind in ALONE)
-    together = [due for lane in (SEAM_LANE, WIRE_LANE) for due in schedule(lane, rng, seconds - alone_s)]
-    return [*together, *schedule(ALONE, rng, seconds, begin_s=end_of(together))]
+    """What wants the arm for itself, then both lanes side by side; in about `seconds`."""
+    alone = schedule([ALONE], rng, 0.0)
+    lanes = ([SEAM_LANE], [WIRE_LANE, RETRIES, SILENCES])
+    return [*alone, *(due for lane in lanes for due in schedule(lane, rng, seconds, begin_s=end_of(alone)))]
 
 
 def end_of(dues: Sequence[Due]) -> float:

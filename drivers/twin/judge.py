@@ -75,11 +75,22 @@ def runs(goals: NDArray[np.void]) -> list[NDArray[np.void]]:
 
 
 def count_violations(goals: NDArray[np.void], limits: WireLimits) -> Violations:
-    """Of all runs on a wire, each judged by itself. goals: of records.GOAL_RECORD, one per tick."""
+    """Of all runs on a wire, each judged by itself. goals: of records.GOAL_RECORD; of each run, the first is that of
+    torque going on, then there is one per tick."""
     found = Violations()
     for run in runs(goals):
-        found += judge_run(run["goal_steps"].astype(np.int64), limits)
+        found += Violations(velocity=_starts_too_fast(run[:2], limits))
+        found += judge_run(run["goal_steps"][1:].astype(np.int64), limits)
     return found
+
+
+def _starts_too_fast(first: NDArray[np.void], limits: WireLimits) -> bool:
+    """Whether a run begins its path, where the arm is, further from where its torque went on than it may get meanwhile.
+
+    An arm that was free sags a little until its servos hold it: no motion of a path, and not at a period's distance.
+    """
+    way_rad = np.abs(np.diff(first["goal_steps"].astype(np.int64), axis=0)) * RAD_PER_STEP
+    return bool((way_rad > np.diff(first["t_ns"])[:, None] * 1e-9 * limits.v_max + RAD_PER_STEP).any())
 
 
 def judge_run(steps: NDArray[np.int64], limits: WireLimits) -> Violations:

@@ -254,5 +254,28 @@ def test_runs_are_judged_by_themselves():
     assert count_violations(goals, LIMITS).total == 0
 
 
+class TestStarts:
+    """An arm at rest, whose torque goes on 15 ms before the path begins."""
+
+    def started(self, sag_steps: int) -> Violations:
+        steps, t_ns = np.full((50, 6), 2048), np.arange(50) * 5_000_000
+        steps[0] -= sag_steps
+        t_ns[1:] += 10_000_000
+        return count_violations(record(steps, t_ns), LIMITS)
+
+    @pytest.mark.parametrize("sag_steps", [0, 2, 6, -6])
+    def test_a_free_arm_may_sag_until_its_servos_hold_it(self, sag_steps: int):
+        assert self.started(sag_steps).total == 0
+
+    @pytest.mark.parametrize("sag_steps", [40, -40])
+    def test_it_may_not_jump(self, sag_steps: int):
+        assert self.started(sag_steps).velocity == 1
+
+    def test_the_second_goal_belongs_to_the_path(self):
+        steps = np.full((50, 6), 2048)
+        steps[:2] -= 6
+        assert count_violations(record(steps, np.arange(50) * 5_000_000), LIMITS).total > 0
+
+
 def test_nothing_came_nothing_is_wrong():
     assert count_violations(record(np.zeros((0, 6)), np.zeros(0)), LIMITS).total == 0

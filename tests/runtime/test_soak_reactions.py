@@ -9,7 +9,7 @@ from onbeat.drivers.twin.judge import WireLimits
 from onbeat.runtime.faults import ROW, TABLE, Fault, Level
 from onbeat.runtime.soak_reactions import FOUND_S, Bounds, Reaction, made_of, reactions, spans_of, windows_of
 from onbeat.runtime.soak_runner import Told
-from onbeat.runtime.soak_schedule import ALONE, SEAM_LANE, WIRE_LANE, Due
+from onbeat.runtime.soak_schedule import IN_TURN, SILENCES, Due
 from onbeat.runtime.soak_session import Leg
 
 DT, TICKS, JOINTS = 0.005, 1200, 6
@@ -118,7 +118,16 @@ def test_a_reaction_that_is_over_before_the_arm_could_brake_is_not_judged():
 def test_an_arm_that_rests_anyway_shows_nothing():
     ticks = ticks_with(Fault.SERVO_POWER, range(200, 220))
     rest = np.zeros((TICKS, JOINTS), np.int64)
-    assert reactions([(ticks, rest)], rest, BOUNDS)[Fault.SERVO_POWER, Level.HOLD] == Reaction(judged=1)
+    assert reactions([(ticks, rest)], rest, BOUNDS)[Fault.SERVO_POWER, Level.HOLD] == Reaction(judged=1, alone=1)
+
+
+def test_a_window_in_which_another_row_asks_for_as_much_says_less():
+    ticks = ticks_with(Fault.SERVO_HOT, range(200, 220))
+    assert judged(ticks, levels_of(ticks), Fault.SERVO_HOT, Level.SLOW).alone == 1
+    ticks["seen"] |= ticks_with(Fault.SERVO_POWER, range(250, 260))["seen"]
+    found = judged(ticks, levels_of(ticks), Fault.SERVO_HOT, Level.SLOW)
+    assert (found.judged, found.alone, found.broken) == (1, 0, 0)
+    assert judged(ticks, levels_of(ticks), Fault.SERVO_POWER, Level.HOLD).alone == 1
 
 
 def test_spans_end_when_a_fault_was_not_seen_for_long_enough():
@@ -134,19 +143,19 @@ def told(dues: list[Due]) -> Told:
 
 
 def test_a_fault_counts_for_its_injection_only_in_its_own_time(monkeypatch: pytest.MonkeyPatch):
-    silence = next(kind for kind in WIRE_LANE if kind.kind == "silence")
+    silence = next(kind for kind in SILENCES if kind.kind == "silence")
     monkeypatch.setattr(soak_reactions, "read_ticks", lambda _: ticks_with(silence.fault, range(202, 212)))
     times = made_of([told([Due(silence, at_s, 0) for at_s in (1.0, 1.5, 3.0)])], DT)[silence]
     assert times == [pytest.approx(0.01), None, None]
 
 
 def test_what_was_there_before_is_not_what_was_made(monkeypatch: pytest.MonkeyPatch):
-    silence = next(kind for kind in WIRE_LANE if kind.kind == "silence")
+    silence = next(kind for kind in SILENCES if kind.kind == "silence")
     monkeypatch.setattr(soak_reactions, "read_ticks", lambda _: ticks_with(silence.fault, range(190, 260)))
     assert made_of([told([Due(silence, 1.0, 0)])], DT) == {silence: [None]}
 
 
 def test_every_fault_with_a_time_of_its_own_is_made_for_longer_than_that_or_once():
-    for kind in (*SEAM_LANE, *WIRE_LANE, *ALONE):
+    for kind in (kind for group in IN_TURN for kind in group):
         if kind.lasts_s and kind.fault in FOUND_S:
             assert kind.lasts_s > FOUND_S[kind.fault]
