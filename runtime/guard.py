@@ -41,6 +41,9 @@ class Guard:
     """
 
     def __init__(self, robot: Robot, bus: FeetechBus) -> None:
+        """Raises GuardianFailed for a rate that the standard library cannot set a port to."""
+        if not hasattr(termios, f"B{robot.config.baud_rate}"):
+            raise GuardianFailed(f"the guardian cannot set {robot.config.baud_rate} baud: choose 500000 or 1000000")
         self._heartbeat = Heartbeat.create()
         self.words: NDArray[np.int64] = np.frombuffer(self._heartbeat.words, np.int64, WORDS)
         self._config = guardian_config(robot, bus, self._heartbeat.path)
@@ -111,10 +114,8 @@ class Guard:
 
 
 def guardian_config(robot: Robot, bus: FeetechBus, heartbeat: Path) -> GuardianConfig:
-    """What the guardian of this robot is told; angles become steps here. Raises GuardianFailed."""
+    """What the guardian of this robot is told; angles become steps here."""
     config, servos = robot.config, bus.servos
-    if not hasattr(termios, f"B{config.baud_rate}"):
-        raise GuardianFailed(f"the guardian cannot set a port to {config.baud_rate} baud: choose 500000 or 1000000")
     park_q = config.park_q if config.on_exit == PARK else ()
     return GuardianConfig(
         port=bus.port,

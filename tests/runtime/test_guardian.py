@@ -12,18 +12,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from onbeat.drivers.feetech.device import JointCalibration
 from onbeat.drivers.feetech.packets import encode_packet
 from onbeat.drivers.feetech.tables import REGISTER, Instruction
 from onbeat.drivers.twin.client import RunningTwin, start_twin
 from onbeat.drivers.twin.inject import UNPLUGGED, Injection, inject
 from onbeat.drivers.twin.records import read_torque
 from onbeat.runtime import guardian, heartbeat, mailbox
+from onbeat.runtime.guard import MOST_IDLE_LOOKS, Guard, GuardianFailed
 from onbeat.runtime.guardian import (
     LOOK_S,
     PARK_PERIOD_S,
@@ -37,6 +40,7 @@ from onbeat.runtime.guardian import (
     parking_way,
 )
 from onbeat.runtime.heartbeat import DONE, GUARDED, IDLE, Beat, Heartbeat
+from onbeat.runtime.robots import as_json, load_robot
 
 pytestmark = pytest.mark.alone
 
@@ -285,6 +289,30 @@ def test_it_is_small():
     assert told.stdout.strip() == "[]"
 
 
+class TestGuard:
+    """The runtime's end, with a guardian that has nothing to do."""
+
+    BUS: Any = SimpleNamespace(port="/nowhere", servos=tuple(JointCalibration(k) for k in range(1, 7)))
+
+    def test_a_guardian_that_is_stopped_is_none(self):
+        with Guard(load_robot("so101-twin"), self.BUS) as guard:
+            for _ in range(2 * MOST_IDLE_LOOKS):
+                assert guard.is_watching()
+                time.sleep(0.03)
+            os.kill(guard.pid, signal.SIGSTOP)
+            time.sleep(0.05)
+            seen = [guard.is_watching() for _ in range(MOST_IDLE_LOOKS + 1)]
+            os.kill(guard.pid, signal.SIGCONT)
+            time.sleep(0.1)
+            assert (seen[0], seen[-1], guard.is_watching()) == (True, False, True)
+
+    def test_a_rate_that_only_the_runtime_can_set_is_refused(self):
+        robot = load_robot("so101-twin")
+        robot = replace(robot, config=replace(robot.config, baud_rate=250_000))
+        with pytest.raises(GuardianFailed, match="choose 500000 or 1000000"):
+            Guard(robot, self.BUS)
+
+
 VICTIM = """
 import os, signal, sys, time, json, numpy as np
 
@@ -317,8 +345,6 @@ class Victim:
     def __init__(
         self, twin: RunningTwin, on_exit: str, ticks: int = 100_000, beats: int = 40, *, is_limp: bool = False
     ) -> None:
-        from onbeat.runtime.robots import as_json, load_robot
-
         config = replace(
             load_robot("so101-twin").config, port=twin.port, on_exit=on_exit, loop_rate_hz=100.0, missed_beats=beats
         )
