@@ -178,10 +178,10 @@ class FeetechBus:
         self._finish(exchange_joints(self.wire, goal_rad, True, True), into)
 
     def enable(self, on: bool, /) -> NDArray[np.float64]:
-        """Torque on or off for all joints, each confirmed by its servo; returns where it was read last. Raises BusError.
+        """Torque on or off for all joints, each confirmed by its servo; returns where they were read last.
 
         On: the arm holds there, (J,) rad, and none gets torque before every servo has confirmed that goal. Off:
-        TorqueStays names every servo that did not confirm; all were told.
+        TorqueStays names every servo that did not confirm; all were told. Raises BusError.
         """
         if on:
             self._hold()
