@@ -391,7 +391,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         Fault.GUARDIAN_LOST,
-        "the guardian's process is gone",
+        "the guardian's process is gone, or stopped for 2 s",
         "status thread, 5 Hz",
         1,
         Level.HOLD,
@@ -401,7 +401,7 @@ TABLE: tuple[Row, ...] = (
     Row(
         Fault.RUNTIME_HUNG,
         "the loop makes no progress and its process keeps the port",
-        "guardian: heartbeat, `missed_beats`",
+        "guardian: heartbeat, `missed_beats`; 10 s where no tick is due",
         40,
         Level.HOLD,
         "the guardian kills the process, takes the port, and does as `on_exit` says",
